@@ -1,0 +1,215 @@
+"""The shape of a wav2vec2 model, dense or pruned, and what it costs: multiply-accumulates (MACs) and parameters.
+
+    python flops.py                         # wav2vec2-base on 10 s of audio
+    python flops.py --seconds 30 MODEL      # any checkpoint that transformer.load_pretrained reads, dense or pruned
+
+`cost` is the only cost arithmetic of the project. It uses nothing but +, -, * and //, so integer counts give exact integers,
+and expected counts (tensors) give the differentiable expected cost: the counts of different layers are independent and each
+enters linearly, hence the expectation of the cost is the cost of the expectations.
+
+One MAC is one multiplication and one addition; FLOPs = 2 MACs. Counted are convolutions, linear layers, Q K^T and A V. Not
+counted are normalisation, activation, softmax and biases. The counts stop at the encoder's features: a task head is not
+among them.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+SAMPLE_RATE = 16_000  # Hz, of every waveform in this project
+SECONDS = 10  # of audio: the length on which MACs are constrained and reported
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything that a wav2vec2 model's size depends on. Counts are integers, or 0-dimensional tensors when expected.
+
+    channels, kernels, strides: output channels, kernel width and stride of each convolution of the frontend.
+    width, head_width: features of the residual stream, and of one attention head.
+    heads, units: attention heads and feed-forward units of each Transformer layer; both may be 0.
+    position_kernel, position_groups: the positional convolution's.
+    """
+
+    channels: tuple
+    kernels: tuple
+    strides: tuple
+    width: int
+    head_width: int
+    heads: tuple
+    units: tuple
+    position_kernel: int
+    position_groups: int
+
+    def frames(self, samples):
+        """Frames after each convolution, first to last, for `samples` (int or integer tensor): n <- (n - kernel)//stride + 1."""
+        counts = []
+        for kernel, stride in zip(self.kernels, self.strides):
+            samples = (samples - kernel) // stride + 1
+            counts.append(samples)
+        return counts
+
+    @property
+    def receptive_field(self):
+        """The fewest samples that make one frame."""
+        samples = 1
+        for kernel, stride in zip(reversed(self.kernels), reversed(self.strides)):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def with_counts(self, counts):
+        """This shape with counts replaced; `counts` maps (field, layer) to a count, as in {("heads", 3): 7}."""
+        fields = {name: list(getattr(self, name)) for name in ("channels", "heads", "units")}
+        for (name, layer), count in counts.items():
+            fields[name][layer] = count
+        return replace(self, **{name: tuple(values) for name, values in fields.items()})
+
+    def as_dict(self):
+        """Plain lists and integers, for checkpoints and reports."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields):
+        """The inverse of `as_dict`."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+# wav2vec2-base (Baevski et al. 2020); HuBERT-base is the same.
+BASE = Shape(
+    channels=(512,) * 7, kernels=(10, 3, 3, 3, 3, 2, 2), strides=(5, 2, 2, 2, 2, 2, 2), width=768, head_width=64,
+    heads=(12,) * 12, units=(3072,) * 12, position_kernel=128, position_groups=16,
+)
+# The same family at a fortieth of the size, with base's proportions: the frontend has 31 % of the MACs, 4.9 % of the parameters.
+SMALL = replace(BASE, channels=(80,) * 7, width=192, head_width=32, heads=(6,) * 4, units=(800,) * 4, position_kernel=64)
+
+
+class Part(NamedTuple):
+    """MACs and parameters of one part of the model: integers, or tensors when expected."""
+
+    macs: Any
+    params: Any
+
+
+def _total(parts):
+    parts = list(parts)
+    return Part(sum(part.macs for part in parts), sum(part.params for part in parts))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `cost` returns: the totals `macs` and `params`, and a `Part` each for frontend, projection, position, attention, ffn."""
+
+    convolutions: tuple  # one Part per convolution of the frontend
+    projection: Part
+    position: Part
+    attention_linear: Part  # query, key, value and output maps of all layers
+    attention_product: Part  # Q K^T and A V of all layers
+    ffn: Part
+
+    @property
+    def frontend(self):
+        return _total(self.convolutions)
+
+    @property
+    def attention(self):
+        return _total((self.attention_linear, self.attention_product))
+
+    @property
+    def total(self):
+        return _total((self.frontend, self.projection, self.position, self.attention, self.ffn))
+
+    @property
+    def macs(self):
+        return self.total.macs
+
+    @property
+    def params(self):
+        return self.total.params
+
+
+def cost(shape, samples):
+    """MACs and parameters of an encoder of this shape on one utterance of `samples` samples at 16 kHz.
+
+    Every trainable tensor of `transformer.Wav2Vec2` counts as parameters: a normalisation with the layer that it follows (the
+    projection's with the projection), the mask embedding with the projection. One tensor does not: `projection.scale`, the
+    gate values that slicing leaves before a LayerNorm, is a fixed vector, all ones in a dense model, and is not trained.
+
+    Raises ValueError where `samples` is less than the receptive field.
+    """
+    if samples < shape.receptive_field:
+        raise ValueError(f"{samples} samples are fewer than the {shape.receptive_field} that make one frame")
+    frame_counts = shape.frames(samples)
+    convolutions, inputs = [], 1
+    for layer, (outputs, kernel, frames) in enumerate(zip(shape.channels, shape.kernels, frame_counts)):
+        weights = inputs * outputs * kernel
+        group_norm = 2 * outputs if layer == 0 else 0
+        convolutions.append(Part(frames * weights, weights + group_norm))
+        inputs = outputs
+
+    frames, width = frame_counts[-1], shape.width
+    layer_norm = 2 * width
+    projection = Part(frames * inputs * width, 2 * inputs + inputs * width + width + width)  # LayerNorm, map, bias, mask
+
+    kernel = shape.position_kernel
+    position_frames = frames + 2 * (kernel // 2) - kernel + 1  # an even kernel makes one frame too many; it is computed, and dropped
+    weights = width * (width // shape.position_groups) * kernel
+    position = Part(position_frames * weights, weights + kernel + width + layer_norm)  # weight norm has a gain per tap
+
+    layers = len(shape.heads)
+    head_features = sum(shape.heads) * shape.head_width
+    attention_linear = Part(4 * frames * width * head_features, (4 * width + 3) * head_features + layers * (width + layer_norm))
+    attention_product = Part(2 * frames * frames * head_features, 0)
+    units = sum(shape.units)
+    ffn = Part(2 * frames * width * units, (2 * width + 1) * units + layers * (width + layer_norm))
+    return Cost(tuple(convolutions), projection, position, attention_linear, attention_product, ffn)
+
+
+def table(shape, seconds=SECONDS):
+    """The costs of each part on `seconds` of audio, as lines of text."""
+    samples = round(seconds * SAMPLE_RATE)
+    c, frame_counts = cost(shape, samples), shape.frames(samples)
+    frames = frame_counts[-1]
+    rows = [(f"conv {i} ({shape.channels[i - 1]})", n, part) for i, (n, part) in enumerate(zip(frame_counts, c.convolutions), 1)]
+    rows += [
+        ("frontend", None, c.frontend),
+        ("projection", frames, c.projection),
+        ("positional convolution", frames + 1 - shape.position_kernel % 2, c.position),
+        (f"attention, linear ({sum(shape.heads)} heads)", frames, c.attention_linear),
+        ("attention, QK^T and AV", frames, c.attention_product),
+        (f"feed-forward ({sum(shape.units)} units)", frames, c.ffn),
+        ("all", None, c.total),
+    ]
+    lines = [f"{'part':<30}{'frames':>9}{'MACs':>19}{'share':>9}{'parameters':>14}{'share':>9}"]
+    for name, n, part in rows:
+        shares = f"{part.macs / c.macs:9.2%}", f"{part.params / c.params:9.2%}"
+        lines.append(f"{name:<30}{'' if n is None else format(n, ','):>9}{part.macs:>19,}{shares[0]}{part.params:>14,}{shares[1]}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="MACs and parameters of a wav2vec2 model, part by part.")
+    parser.add_argument("checkpoint", nargs="?", help="any checkpoint that sslprune reads (default: the shape of wav2vec2-base)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of audio at 16 kHz (default %(default)s)")
+    parser.error = lambda message: sys.exit(_refuse(message))
+    arguments = parser.parse_args()
+    shape = BASE
+    if arguments.checkpoint:
+        from transformer import CheckpointError, load_pretrained  # here, since transformer imports this module
+
+        try:
+            shape = load_pretrained(arguments.checkpoint).shape
+        except (CheckpointError, OSError) as error:
+            sys.exit(_refuse(error))
+    shortest = shape.receptive_field / SAMPLE_RATE
+    if not shortest <= arguments.seconds <= 1e6:
+        sys.exit(_refuse(f"--seconds {arguments.seconds:g}: give a length from {shortest:g}, which makes one frame, to a million"))
+    print(table(shape, arguments.seconds))
+
+
+def _refuse(message):
+    print(f"flops: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

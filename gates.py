@@ -1,0 +1,214 @@
+"""Which units to keep: hard-concrete gates, the constraint that trains them, and the hardening that ends their training.
+
+A unit is an output channel of a convolution, an attention head or a feed-forward unit. Each has a gate z in [0, 1]:
+
+    s = sigmoid((log u - log(1 - u) + log alpha) / beta),  u ~ U(0, 1)
+    z = clamp(s (zeta - gamma) + gamma, 0, 1)
+    P(z != 0) = sigmoid(log alpha - beta log(-gamma / zeta))
+
+(Louizos, Welling, Kingma 2018, arXiv 1712.01312, eq. 10 to 13.) Weights and gates minimise, and the multipliers maximise,
+
+    L_task + lambda_1 (s - t) + lambda_2 (s - t)^2,  s = 1 - E[cost] / dense cost
+
+with the target sparsity t warmed up linearly from 0 (Wang, Wohlwend, Lei 2020, arXiv 1910.04732, section 3.2).
+What is constrained is the method's choice: `METHODS` (Peng et al. 2023, arXiv 2302.14132).
+
+Gates are given to the functions here as a dictionary from (field of flops.Shape, layer) to gate, e.g. ("heads", 3).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from flops import SAMPLE_RATE, SECONDS, cost
+
+SAMPLES = SECONDS * SAMPLE_RATE  # the utterance on which MACs are constrained
+
+
+class BudgetError(ValueError):
+    """A budget that the method cannot reach."""
+
+
+class HardConcrete(nn.Module):
+    """Gates of the units of one layer (arXiv 1712.01312). Calling it samples z while training; else z is deterministic.
+
+    beta, gamma, zeta: temperature and the ends of the stretched interval, the paper's values (its section 4).
+    drop: P(z = 0) at the start, so that gates start open and training starts from the dense model (DPHuBERT's value).
+    """
+
+    def __init__(self, units, beta=2 / 3, gamma=-0.1, zeta=1.1, drop=0.01):
+        super().__init__()
+        self.beta, self.gamma, self.zeta = beta, gamma, zeta
+        self.shift = beta * math.log(-gamma / zeta)
+        self.log_alpha = nn.Parameter(torch.full((units,), math.log((1 - drop) / drop) + self.shift))
+
+    def open_probability(self):
+        """P(z != 0) of each unit: (units,) float64, since sums over a whole model need more digits than float32 has."""
+        return torch.sigmoid(self.log_alpha.double() - self.shift)
+
+    def forward(self):
+        """z: (units,), differentiable in log_alpha. One sample serves the whole batch."""
+        if self.training:
+            noise = torch.logit(torch.rand_like(self.log_alpha), eps=1e-6)
+            s = torch.sigmoid((noise + self.log_alpha) / self.beta)
+        else:
+            s = torch.sigmoid(self.log_alpha)
+        return (s * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
+
+    @torch.no_grad()
+    def kept(self):
+        """Indices of the units that are open at evaluation: (kept,) int64."""
+        s = torch.sigmoid(self.log_alpha)
+        return (s * (self.zeta - self.gamma) + self.gamma > 0).nonzero().flatten()
+
+    @torch.no_grad()
+    def harden(self, keep):
+        """Shut for good the gates where `keep` (units,) bool is false, and open the others at least halfway.
+
+        A kept gate can be near 0 where training shut more than the budget asks for; its unit would be kept in vain.
+        """
+        self.log_alpha.clamp_(min=0).masked_fill_(~keep, -math.inf)
+
+
+class Constraint(NamedTuple):
+    """A cost that is kept at the budget by the gates of some kinds of units. `measure` takes a flops.Cost."""
+
+    name: str
+    measure: Callable
+    kinds: tuple
+
+
+def _macs(cost):
+    return cost.macs
+
+
+def _params(cost):
+    return cost.params
+
+
+def _frontend_params(cost):
+    return cost.frontend.params
+
+
+def _other_params(cost):
+    return cost.params - cost.frontend.params
+
+
+# In the order of hardening: what the frontend keeps changes the cost of the rest (the projection's), and not the reverse.
+METHODS = {
+    "mac": [Constraint("MACs", _macs, ("channels", "heads", "units"))],
+    "size": [Constraint("parameters", _params, ("channels", "heads", "units"))],
+    "sepsize": [
+        Constraint("frontend parameters", _frontend_params, ("channels",)),
+        Constraint("other parameters", _other_params, ("heads", "units")),
+    ],
+    "transformer": [Constraint("MACs", _macs, ("heads", "units"))],
+}
+KINDS = {method: sum((constraint.kinds for constraint in constraints), ()) for method, constraints in METHODS.items()}
+
+
+def check_budget(shape, method, budget):
+    """Raise BudgetError where `method` cannot bring a model of this dense shape down to `budget`, a fraction of its cost.
+
+    The floor of a constraint keeps one channel per convolution and no heads or units, of the kinds that it governs.
+    """
+    dense = cost(shape, SAMPLES)
+    for constraint in METHODS[method]:
+        smallest = shape.with_counts(
+            {
+                (kind, layer): 1 if kind == "channels" else 0
+                for kind in constraint.kinds
+                for layer in range(len(getattr(shape, kind)))
+            }
+        )
+        floor = constraint.measure(cost(smallest, SAMPLES)) / constraint.measure(dense)
+        if budget < floor:
+            rounded_up = math.ceil(floor * 1e4) / 1e4
+            raise BudgetError(
+                f"budget {budget:g} is out of reach: method {method} cannot bring the {constraint.name} under {rounded_up:.4f}"
+                " of the dense model's; give a larger --budget or another --method"
+            )
+
+
+def expected_shape(shape, gates):
+    """`shape` with each gated layer's count replaced by its expectation, the sum of open probabilities (float64 tensors)."""
+    return shape.with_counts({place: gate.open_probability().sum() for place, gate in gates.items()})
+
+
+class Lagrangian(nn.Module):
+    """The penalty of a method: lambda_1 (s - t) + lambda_2 (s - t)^2, summed over its constraints (arXiv 1910.04732).
+
+    Its only parameters are the multipliers, (constraints, 2) and 0 at the start; train them with gradient ascent.
+    """
+
+    def __init__(self, shape, method, budget):
+        super().__init__()
+        self.shape, self.method, self.budget = shape, method, budget
+        self.dense = cost(shape, SAMPLES)
+        self.multipliers = nn.Parameter(torch.zeros(len(METHODS[method]), 2))
+
+    def sparsity(self, gates):
+        """Expected sparsity s of each constrained cost: (constraints,) float64, differentiable."""
+        expected = cost(expected_shape(self.shape, gates), SAMPLES)
+        kept = [constraint.measure(expected) / constraint.measure(self.dense) for constraint in METHODS[self.method]]
+        return 1 - torch.stack(kept)
+
+    def forward(self, gates, warmup):
+        """The penalty, a scalar. `warmup` in [0, 1] is the share of the target that is asked for now."""
+        gap = self.sparsity(gates) - (1 - self.budget) * warmup
+        return (self.multipliers * torch.stack((gap, gap * gap), dim=1)).sum()
+
+
+@torch.no_grad()
+def harden(gates, shape, method, budget):
+    """Shut gates for good, so that the actual cost is at most `budget`, and as close under it as one more unit allows.
+
+    For each constraint: kept are the units of the highest open probability, under one global threshold over all layers; a unit
+    below it is kept after all where it still fits, so that no further unit would. Each convolution keeps its best channel.
+    Raises BudgetError where even the smallest model costs more.
+    """
+    dense = cost(shape, SAMPLES)
+    counts = {}
+    for constraint in METHODS[method]:
+        limit = budget * constraint.measure(dense)
+        places = [place for place in gates if place[0] in constraint.kinds]
+        sizes = [gates[place].log_alpha.numel() for place in places]
+        # Order by log alpha: it orders as the open probability does, and does not round to equal values near 0 and 1.
+        scores = torch.cat([gates[place].log_alpha for place in places]).cpu()
+        owners = torch.arange(len(places)).repeat_interleave(torch.tensor(sizes))
+        for start, size, (kind, _) in zip(torch.tensor([0, *sizes]).cumsum(0), sizes, places):
+            if kind == "channels":
+                scores[start + scores[start : start + size].argmax()] = math.inf
+        order = scores.sort(descending=True, stable=True).indices
+        owners = owners[order].tolist()
+
+        def fits(kept):
+            return constraint.measure(cost(shape.with_counts({**counts, **kept}), SAMPLES)) <= limit
+
+        def first(n):
+            kept = dict.fromkeys(places, 0)
+            for owner in owners[:n]:
+                kept[places[owner]] += 1
+            return kept
+
+        low, high = sum(kind == "channels" for kind, _ in places), len(owners)
+        if not fits(first(low)):
+            raise BudgetError(f"budget {budget:g} is out of reach for the {constraint.name}; give a larger --budget")
+        while low < high:  # the largest n such that the first n fit
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(first(middle)) else (low, middle - 1)
+        kept, keep = first(low), torch.zeros(len(owners), dtype=torch.bool)
+        keep[order[:low]] = True
+        for position in range(low, len(owners)):
+            place = places[owners[position]]
+            kept[place] += 1
+            if fits(kept):
+                keep[order[position]] = True
+            else:
+                kept[place] -= 1
+        counts.update(kept)
+        for place, part in zip(places, keep.split(sizes)):
+            gates[place].harden(part.to(gates[place].log_alpha.device))
