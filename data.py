@@ -435,15 +435,15 @@ DEMO_SIZES = {"train": 800, "dev": 100, "test": 200}  # utterances
 
 def synthesise(words, rng):
     """One utterance of these words in a voice of its own: (samples,) float32, 16 kHz. rng: numpy Generator."""
-    hop, window = 80, 320  # 5 ms, 20 ms
+    hop, window = 160, 320  # 10 ms, 20 ms
     pitch, tract, tempo = np.exp(rng.uniform(np.log(90), np.log(240))), rng.uniform(0.85, 1.2), rng.uniform(0.8, 1.2)
     phones = ["_", "_"] + [phone for word in words for phone in WORDS[word] + "_"] + ["_"]
     targets = np.array([PHONES[phone] for phone in phones])
     durations = targets[:, 0] * tempo * rng.uniform(0.85, 1.15, len(phones)) / 1000
     durations = np.maximum(1, np.rint(durations * SAMPLE_RATE / hop)).astype(int)
     tracks = np.repeat(targets[:, 1:] * np.exp(rng.normal(0, 0.03, (len(phones), 5))), durations, axis=0)
-    smooth = np.hanning(9) / np.hanning(9).sum()  # over 35 ms
-    tracks = np.stack([np.convolve(np.pad(t, 4, mode="edge"), smooth, "valid") for t in tracks.T])
+    smooth = np.hanning(5) / np.hanning(5).sum()  # over 30 ms
+    tracks = np.stack([np.convolve(np.pad(t, 2, mode="edge"), smooth, "valid") for t in tracks.T])
     voice, noise, formants = tracks[0], tracks[1], tracks[2:] * tract
 
     frames = len(voice)

@@ -70,8 +70,16 @@ class Shape:
 
     @classmethod
     def from_dict(cls, fields):
-        """The inverse of `as_dict`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        """The inverse of `as_dict`. Raises TypeError or ValueError where the fields are not those of a possible model."""
+        shape = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        convolutions, layers = (shape.channels, shape.kernels, shape.strides), (shape.heads, shape.units)
+        single = (shape.width, shape.head_width, shape.position_kernel, shape.position_groups)
+        numbers = [*single, *sum(convolutions + layers, ())]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all((*single, *sum(convolutions, ()))):
+            raise ValueError("a number of its shape is not a whole number in range")
+        if not shape.channels or len(set(map(len, convolutions))) > 1 or len(set(map(len, layers))) > 1 or shape.width % shape.position_groups:
+            raise ValueError("the numbers of its shape do not fit together")
+        return shape
 
 
 # wav2vec2-base (Baevski et al. 2020); HuBERT-base is the same.

@@ -44,12 +44,11 @@ RECIPES = {
     # and multipliers below; masks and LayerDrop are fairseq's recipe for 100 hours; the updates are ours: at 100 s of audio
     # each, about 17 passes over those 100 hours.
     "base": dict(dense_updates=0, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0,
-                 dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, layer_drop=0.1, mask_probability=0.65),
+                 dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1, layer_drop=0.1, mask_probability=0.65),
     # The small model from scratch, chosen on the dev sets of the demo and the digits corpora.
     "small": dict(dense_updates=350, prune_updates=200, finetune_updates=150, batch_seconds=20.0,
-                  dense_lr=1e-3, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=1e-1, layer_drop=0.0, mask_probability=0.0),
+                  dense_lr=1e-3, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=1e-1, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0),
 }  # fmt: skip
-SPARSITY_WARMUP = 0.1  # share of the pruning phase in which the target rises from 0 (DPHuBERT)
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
 
@@ -159,7 +158,7 @@ def evaluate(model, corpus, split, batch_seconds):
     model.eval()
     utterances = usable(getattr(corpus, split), corpus, model)
     references, hypotheses = [], []
-    for batch, waveforms, lengths, bad in batches_of(model, utterances, batch_seconds):
+    for batch, waveforms, lengths, bad in load_batches(model, data.batches(utterances, batch_seconds)):
         for reason in bad:
             corpus.skip(reason)
         if batch:
@@ -206,11 +205,10 @@ PHASES = {
 }
 
 
-def batches_of(model, utterances, seconds, rng=None):
-    """Loaded batches, see data.Loader; random ones with `rng`. Beside a GPU, worker processes prepare them."""
-    loader = data.Loader(data.batches(utterances, seconds, rng))
+def load_batches(model, batches):
+    """An iterator over what data.Loader makes of these batches. Beside a GPU, worker processes prepare them."""
     workers = 0 if model.head.weight.device.type == "cpu" else 4
-    return torch.utils.data.DataLoader(loader, batch_size=None, num_workers=workers)
+    return torch.utils.data.DataLoader(data.Loader(batches), batch_size=None, num_workers=workers)
 
 
 def tri_stage(progress):
@@ -239,8 +237,11 @@ def train(phase, model, corpus, options, lagrangian=None):
     step = epoch = 0
     while step < updates:
         utterances = usable(corpus.train(epoch), corpus, model, training=True)
+        batches = data.batches(utterances, options.batch_seconds, rng)
+        if phase == "dense" and epoch == 0:  # the shortest first: CTC leaves its plateau of blanks sooner (Amodei et al. 2016, SortaGrad)
+            batches = data.batches(utterances, options.batch_seconds)[::-1]
         started = step
-        for batch, waveforms, lengths, bad in batches_of(model, utterances, options.batch_seconds, rng):
+        for batch, waveforms, lengths, bad in load_batches(model, batches):
             for reason in bad:
                 corpus.skip(reason)
             if not batch:
@@ -249,7 +250,7 @@ def train(phase, model, corpus, options, lagrangian=None):
             loss = model.loss(waveforms.to(device), lengths.to(device), batch)
             objective = loss
             if lagrangian:
-                objective = loss + lagrangian(encoder.gates, min(1, step / (SPARSITY_WARMUP * updates)))
+                objective = loss + lagrangian(encoder.gates, min(1, step / max(1, options.warmup_share * updates)))
             optimizer.zero_grad()
             objective.backward()
             nn.utils.clip_grad_norm_(weights, CLIP)
@@ -513,7 +514,7 @@ def parse(arguments):
     how.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     how.add_argument("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
     recipe = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)")
-    kinds = {"updates": count, "seconds": length, "lr": rate, "drop": share, "probability": share}
+    kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share}
     for name in RECIPES["small"]:
         recipe.add_argument("--" + name.replace("_", "-"), type=kinds[name.rsplit("_", 1)[1]], metavar="N")
     options = parser.parse_args(arguments)

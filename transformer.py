@@ -11,8 +11,10 @@ import copy
 import json
 import logging
 import re
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,7 +60,7 @@ class Attention(nn.Module):
     def forward(self, x, mask=None):
         """x: (batch, frames, width); mask: (batch, 1, 1, frames) bool, true where a key is valid; None where all are."""
         if self.heads == 0:
-            return self.output.bias.expand_as(x)
+            return self.output(x[..., :0])  # the bias
         batch, frames, _ = x.shape
         q, k, v = (
             linear(x).view(batch, frames, self.heads, self.head_width).transpose(1, 2)
@@ -250,6 +252,21 @@ INSIDE = re.compile(PREFIX + r"(?:feature_extractor|feature_projection|encoder)\
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
+
+class Inert:
+    """Stands for a class of fairseq's that its checkpoints hold beside the weights; it has no behaviour."""
+
+
+# What may be unpickled beside tensors and plain containers: what fairseq writes next to its weights.
+ALLOWED = [
+    argparse.Namespace,  # the training's command line
+    (Inert, "fairseq.data.dictionary.Dictionary"),  # HuBERT's labels
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # metrics
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
+]
+
+
 def load_pretrained(path):
     """An encoder in evaluation mode from a checkpoint: Hugging Face, fairseq, torchaudio, or a model.pt of ours.
 
@@ -262,16 +279,18 @@ def load_pretrained(path):
     if contents.get("format") == "sslprune":
         shape, weights = unpack(contents, path)
         return build(Wav2Vec2, shape, {key.removeprefix("encoder."): w for key, w in weights.items() if key.startswith("encoder.")}, path)
-    contents = contents.get("model", contents)  # where fairseq has its weights
+    if isinstance(contents.get("model"), dict):  # fairseq's
+        contents = contents["model"]
     weights, ignored = translate(contents, path)
     if ignored:
         shown = ", ".join(ignored[:8]) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
         log.info("%s: left out what the encoder has no use for: %s", path, shown)
-    weights.setdefault("projection.scale", torch.ones(len(weights["projection.norm.weight"])))
+    shape = infer_shape(weights, config, path)
+    weights.setdefault("projection.scale", torch.ones(shape.channels[-1]))
     if "projection.mask_embedding" not in weights:  # torchaudio's models have none
-        weights["projection.mask_embedding"] = torch.zeros(len(weights["norm.weight"]))
+        weights["projection.mask_embedding"] = torch.zeros(shape.width)
         log.info("%s: has no mask embedding; it starts at zero", path)
-    return build(Wav2Vec2, infer_shape(weights, config, path), weights, path)
+    return build(Wav2Vec2, shape, weights, path)
 
 
 def find_checkpoint(path):
@@ -304,11 +323,10 @@ def read_checkpoint(path):
     if start[8:9] == b"{":
         return _read_safetensors(path)
     try:
-        # Beside tensors and plain containers: what the fairseq checkpoints hold, a record of the command line.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings(action="ignore"):
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can raise anything
-        refused = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
         why = f"holds an object of type {refused[1]}, which is not loaded" if refused else "is damaged, or not a file of torch.save"
         raise CheckpointError(f"{path}: {why}") from error
     if not isinstance(contents, dict):
@@ -349,50 +367,50 @@ def translate(contents, path):
     if not weights:
         found = ", ".join(ignored[:4]) or "nothing"
         raise CheckpointError(f"{path}: holds no wav2vec2 weights of Hugging Face, fairseq, torchaudio or sslprune, but {found}")
-    needed = [key for key in ("frontend.convolutions.0.weight", "projection.norm.weight", "norm.weight", "position.weight_v") if key not in weights]
-    if needed:
-        raise CheckpointError(f"{path}: lacks {', '.join(needed)}")
     return weights, ignored
 
 
 def infer_shape(weights, config, path):
     """The shape of a model from its tensors (our keys). What they do not tell is base's, or the config.json's."""
-
-    def sizes(pattern, dimension):
-        found = []
-        while (key := pattern.format(len(found))) in weights:
-            found.append(weights[key].shape[dimension])
-        return tuple(found)
-
-    unsupported = {"do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu", "feat_extract_activation": "gelu"}
-    for name, value in unsupported.items():
+    base_like = {"do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu", "feat_extract_activation": "gelu"}
+    for name, value in base_like.items():
         if config.get(name, value) != value:
             raise CheckpointError(f"{path}: its config.json has {name} = {config[name]}; wav2vec2-base and HuBERT-base have {value}")
+
+    def sizes(stack, name, dimension):
+        """Of this tensor in every member of a stack of modules; a member that lacks it raises KeyError."""
+        numbers = [int(key.split(".")[stack.count(".") + 1]) for key in weights if key.startswith(stack + ".")]
+        return [weights[f"{stack}.{number}.{name}"].shape[dimension] for number in range(max(numbers, default=-1) + 1)]
+
     try:
-        channels, width = sizes("frontend.convolutions.{}.weight", 0), weights["projection.linear.weight"].shape[0]
+        width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
         head_width = width // config["num_attention_heads"] if "num_attention_heads" in config else BASE.head_width
-        position = weights["position.weight_v"].shape
-        return Shape(
-            channels=channels,
-            kernels=sizes("frontend.convolutions.{}.weight", 2),
-            strides=tuple(config.get("conv_stride", BASE.strides)),
-            width=width,
-            head_width=head_width,
-            heads=tuple(rows // head_width for rows in sizes("layers.{}.attention.query.weight", 0)),
-            units=sizes("layers.{}.ffn.input.weight", 0),
-            position_kernel=position[2],
-            position_groups=width // position[1],
-        )
-    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: lacks a tensor, or has one of another rank ({error})") from error
+        return Shape.from_dict({
+            "channels": sizes("frontend.convolutions", "weight", 0),
+            "kernels": sizes("frontend.convolutions", "weight", 2),
+            "strides": list(config.get("conv_stride", BASE.strides)),
+            "width": width,
+            "head_width": head_width,
+            "heads": [rows // head_width for rows in sizes("layers", "attention.query.weight", 0)],
+            "units": sizes("layers", "ffn.input.weight", 0),
+            "position_kernel": position[2],
+            "position_groups": width // position[1],
+        })  # fmt: skip
+    except KeyError as error:
+        raise CheckpointError(f"{path}: lacks {error.args[0]}") from error
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: its tensors do not make a wav2vec2-base-like model ({error})") from error
 
 
 def unpack(contents, path):
     """The shape and the weights of a model.pt of ours."""
     try:
-        return Shape.from_dict(contents["shape"]), dict(contents["weights"])
+        shape, weights = Shape.from_dict(contents["shape"]), dict(contents["weights"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not a complete model.pt ({error})") from error
+    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"{path}: is not a complete model.pt (a weight is not a tensor)")
+    return shape, weights
 
 
 def build(make, shape, weights, path):
@@ -400,7 +418,7 @@ def build(make, shape, weights, path):
     try:
         with torch.device("meta"):  # no memory, no time: every tensor is assigned below
             model = make(shape)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no model has the shape {shape} ({error})") from error
     expected = model.state_dict()
     missing = [key for key in expected if key not in weights]

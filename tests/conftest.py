@@ -1,0 +1,78 @@
+"""What several tests use: small models, and checkpoints in the layouts of the public libraries."""
+
+import argparse
+import json
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from flops import BASE
+from transformer import Wav2Vec2
+
+torch.set_num_threads(2)
+
+TINY = replace(BASE, channels=(8, 12, 10, 8, 6, 9, 7), width=32, head_width=4, heads=(3, 2, 4), units=(20, 12, 16), position_kernel=16, position_groups=4)
+
+
+def tiny(kinds=(), seed=0, spread=3.0):
+    """A tiny encoder in evaluation mode, its norms and biases at random values, its gates (of `kinds`) shut, half open and open."""
+    torch.manual_seed(seed)
+    model = Wav2Vec2(TINY).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.add_gates(kinds)
+    for gate in model.gates.values():
+        torch.nn.init.normal_(gate.log_alpha, std=spread)
+    return model
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Features that transformers computed, and the weights in the layout of each library; see make_golden.py."""
+    return torch.load(HERE / "golden.pt", weights_only=True)
+
+
+def state_dict(golden, layout):
+    """The state dict of a layout, in the library's own names."""
+    return {key: golden["tensors"][index].float() for key, index in golden["layouts"][layout]["keys"].items()}
+
+
+def write_safetensors(path, tensors, **changed):
+    """A .safetensors file, written after its public description; `changed` replaces entries of the header."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.numpy().tobytes()
+        dtype = {torch.float32: "F32", torch.float16: "F16"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header | changed).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def write_layout(folder, golden, layout):
+    """Write a layout as its library would, and return what a user would name: a file or a folder."""
+    tensors, config = state_dict(golden, layout), golden["layouts"][layout]["config"]
+    if layout.startswith("hf"):
+        (folder / "config.json").write_text(json.dumps(config))
+        if "old" in layout:
+            torch.save(tensors, folder / "pytorch_model.bin")
+        else:
+            write_safetensors(folder / "model.safetensors", tensors)
+        return folder
+    path = folder / f"{layout}.pt"
+    if layout.startswith("fairseq"):
+        arguments = argparse.Namespace(**config, w2v_args=argparse.Namespace(**config))
+        moments = {0: {"step": 3, "exp_avg": torch.zeros(2, 3)}}
+        torch.save({"args": arguments, "model": tensors, "last_optimizer_state": {"state": moments}, "extra_state": {"epoch": 1}}, path)
+    else:
+        torch.save(tensors, path)
+    return path

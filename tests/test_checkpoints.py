@@ -1,0 +1,211 @@
+"""Loading: every public layout gives the features of transformers, and what is no such file is refused in one line."""
+
+import argparse
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from conftest import TINY, state_dict, tiny, write_layout, write_safetensors
+
+from gates import KINDS
+from transformer import CheckpointError, load_pretrained
+
+LAYOUTS = [
+    "hf_base", "hf_ctc", "hf_pretraining", "hf_old", "hf_old_pretraining", "hf_hubert", "hf_hubert_ctc",
+    "torchaudio", "torchaudio_ctc", "torchaudio_old", "fairseq", "fairseq_ctc", "fairseq_hubert", "fairseq_hubert_ctc",
+]  # fmt: skip
+
+
+def test_the_golden_file_has_these_layouts(golden):
+    assert sorted(golden["layouts"]) == sorted(LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_features_of_transformers(golden, layout, tmp_path):
+    model = load_pretrained(write_layout(tmp_path, golden, layout))
+    assert not model.training
+    assert (model.shape.heads, model.shape.head_width, model.shape.units) == ((2, 2), 64, (24, 24))
+    waveforms, lengths = golden["waveforms"], golden["lengths"]
+    with torch.no_grad():
+        batch, frames = model(waveforms, lengths)
+        for row, (waveform, n, expected) in enumerate(zip(waveforms, lengths, golden["features"])):
+            assert (model(waveform[None, :n])[0][0] - expected).abs().max() < 1e-4
+            assert frames[row] == len(expected)
+            assert (batch[row, : len(expected)] - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tensor_of_every_layout_lands_in_its_place(golden, layout, tmp_path):
+    """Features alone would not show it: softmax cancels the key's bias, and masks act in training only."""
+    ours = load_pretrained(write_layout(tmp_path, golden, layout)).state_dict()
+    theirs = state_dict(golden, "hf_base")
+    if layout.startswith("torchaudio"):  # its models have no mask embedding
+        theirs["masked_spec_embed"] = torch.zeros(128)
+    assert len(ours) == len(theirs) + 1  # the scales, which are 1
+    assert (ours.pop("projection.scale") == 1).all()
+    for tensor in theirs.values():
+        assert sum(tensor.shape == other.shape and torch.equal(tensor, other) for other in ours.values()) == sum(
+            tensor.shape == other.shape and torch.equal(tensor, other) for other in theirs.values()
+        )
+    assert torch.equal(ours["layers.1.attention.key.bias"], theirs["encoder.layers.1.attention.k_proj.bias"])
+
+
+def test_what_is_left_out_is_named(golden, tmp_path, caplog):
+    caplog.set_level("INFO")
+    load_pretrained(write_layout(tmp_path, golden, "hf_pretraining"))
+    for key in ("quantizer.codevectors", "project_hid.weight"):
+        assert key in caplog.text
+
+
+def test_half_precision_weights_become_float32(golden, tmp_path):
+    write_safetensors(tmp_path / "half.safetensors", {k: v.half() for k, v in state_dict(golden, "hf_base").items()})
+    model = load_pretrained(tmp_path / "half.safetensors")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.norm.weight, state_dict(golden, "hf_base")["encoder.layer_norm.weight"])
+
+
+def test_a_pruned_model_loads_from_its_own_file(tmp_path):
+    model = tiny(KINDS["mac"]).slice()
+    weights = {f"encoder.{key}": tensor for key, tensor in model.state_dict().items()}
+    torch.save({"format": "sslprune", "shape": model.shape.as_dict(), "weights": weights | {"head.weight": torch.ones(2)}}, tmp_path / "model.pt")
+    loaded, waveforms = load_pretrained(tmp_path), torch.randn(1, 3_000)
+    assert loaded.shape == model.shape
+    with torch.no_grad():
+        assert torch.equal(loaded(waveforms)[0], model(waveforms)[0])
+
+
+class Hostile:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def refused(path, *words):
+    with pytest.raises(CheckpointError) as info:
+        load_pretrained(path)
+    message = str(info.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    for word in (path.name, *words):
+        assert word in message, message
+
+
+def test_a_hostile_pickle_is_not_executed(golden, tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"model": state_dict(golden, "fairseq"), "args": Hostile(trap)}, tmp_path / "zip.pt")
+    torch.save({"model": Hostile(trap)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.bin").write_bytes(pickle.dumps(Hostile(trap)))
+    refused(tmp_path / "zip.pt", "mkdir")
+    refused(tmp_path / "legacy.pt")
+    refused(tmp_path / "bare.bin")
+    assert not trap.exists()
+    with open(tmp_path / "bare.bin", "rb") as file:  # the trap does work
+        pickle.load(file)
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("layout", ["hf_old", "hf_base", "torchaudio"])
+def test_a_truncated_file_is_refused(golden, layout, tmp_path):
+    path = write_layout(tmp_path, golden, layout)
+    path = path if path.is_file() else next(p for p in path.iterdir() if p.suffix != ".json")
+    whole = path.read_bytes()
+    for share in (0, 0.0001, 0.5, 0.99):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        refused(path)
+
+
+def change(golden, layout="hf_base", **changed):
+    tensors = state_dict(golden, layout)
+    for key, value in changed.items():
+        if value is None:
+            del tensors[key]
+        else:
+            tensors[key] = value
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"encoder.layers.1.feed_forward.output_dense.bias": None}, ["layers.1.ffn.output.bias"]),
+        ({"feature_extractor.conv_layers.3.conv.weight": None}, ["frontend.convolutions.3.weight"]),
+        ({"encoder.layer_norm.weight": None}, ["norm.weight"]),
+        ({"masked_spec_embed": torch.zeros(5)}, ["mask_embedding", "(5,)", "(128,)"]),
+        ({"encoder.layers.0.attention.q_proj.weight": torch.zeros(128, 100)}, ["layers.0.attention.query.weight"]),
+        ({"encoder.layers.0.attention.q_proj.weight": torch.zeros(100, 128)}, ["layers.0.attention"]),
+        ({"feature_projection.projection.weight": torch.zeros(3)}, ["projection.linear.weight", "(3,)"]),
+        ({"encoder.pos_conv_embed.conv.parametrizations.weight.original1": torch.zeros(128, 0, 128)}, []),
+        ({"feature_extractor.conv_layers.1.layer_norm.weight": torch.ones(8)}, ["feature_extractor.conv_layers.1.layer_norm.weight"]),
+        ({"feature_extractor.conv_layers.1.conv.bias": torch.ones(8)}, ["no other architecture"]),
+        ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8)}, ["no other architecture"]),
+    ],
+)
+def test_a_tensor_too_many_too_few_or_of_the_wrong_size_is_named(golden, tmp_path, changed, words):
+    path = tmp_path / "changed.pt"
+    torch.save(change(golden, **changed), path)
+    refused(path, *words)
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    torch.save({"weight": torch.ones(3), "bias": torch.ones(3)}, tmp_path / "linear.pt")
+    torch.save([torch.ones(3)], tmp_path / "list.pt")
+    torch.save({}, tmp_path / "nothing.pt")
+    torch.save({"model": 3}, tmp_path / "number.pt")
+    torch.save({"format": "sslprune", "shape": {"channels": [1]}, "weights": {}}, tmp_path / "shape.pt")
+    torch.save({"format": "sslprune", "shape": TINY.as_dict() | {"width": -1}, "weights": {}}, tmp_path / "negative.pt")
+    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}}, tmp_path / "weights.pt")
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "arguments.pt")
+    (tmp_path / "text.txt").write_text("{} is a set of braces\n")
+    (tmp_path / "empty.bin").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for path in tmp_path.iterdir():
+        refused(path)
+    refused(tmp_path / "missing.pt", "no such file")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [128], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [128], "data_offsets": [10**9, 10**9 + 512]},
+        {"dtype": "F32", "shape": [128], "data_offsets": [-512, 0]},
+        {"dtype": "F32", "shape": [-128], "data_offsets": [0, 512]},
+        {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 512]},
+        {"dtype": "F99", "shape": [128], "data_offsets": [0, 512]},
+        {"dtype": "F32", "shape": "128", "data_offsets": [0, 512]},
+        {"dtype": "F32", "shape": [128]},
+        7,
+    ],
+)
+def test_a_safetensors_header_that_lies_is_refused(golden, tmp_path, entry):
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, state_dict(golden, "hf_base"), **{"encoder.layer_norm.weight": entry})
+    refused(path, "damaged")
+
+
+def test_a_safetensors_header_longer_than_the_file_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for length in (2**63, 10**6, 1):
+        path.write_bytes(struct.pack("<Q", length) + b"{}")
+        refused(path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("do_stable_layer_norm", True), ("feat_extract_norm", "layer"), ("conv_bias", True), ("hidden_act", "relu")])
+def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, value):
+    path = write_layout(tmp_path, golden, "hf_base") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    refused(tmp_path / "model.safetensors", name)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"num_attention_heads": 0}', '{"num_attention_heads": "two"}', '{"conv_stride": 5}'])
+def test_a_damaged_config_is_refused(golden, tmp_path, text):
+    (write_layout(tmp_path, golden, "hf_base") / "config.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        load_pretrained(tmp_path)

@@ -1,0 +1,370 @@
+"""Audio, corpora in the layouts in which people have them, batches, and error rates worked out by hand."""
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+from data import DataError, open_corpus
+
+# --- Audio ---
+
+
+def tone(frequency, rate, seconds=0.4):
+    t = np.arange(round(rate * seconds)) / rate
+    return np.sin(2 * np.pi * frequency * t) * np.hanning(len(t))
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
+def test_resampling_leaves_a_tone_a_tone(tmp_path, rate):
+    soundfile.write(tmp_path / "tone.wav", tone(1_000, rate), rate, subtype="FLOAT")
+    samples = data.read_audio(tmp_path / "tone.wav")
+    assert samples.dtype == np.float32
+    assert len(samples) == 6_400
+    assert np.abs(samples - tone(1_000, 16_000)).max() < 1e-3
+
+
+def test_resampling_removes_what_16_khz_cannot_hold():
+    samples = data.resample(tone(11_000, 48_000).astype(np.float32), 48_000)
+    assert np.abs(samples).max() < 1e-3
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = tone(300, 16_000), tone(500, 16_000)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], 1), 16_000, subtype="FLOAT")
+    assert np.allclose(data.read_audio(tmp_path / "stereo.wav"), (left + right) / 2, atol=1e-6)
+
+
+def test_waveforms_have_zero_mean_and_unit_variance():
+    samples = data.waveform(data.Utterance("x", (np.full(100, 3, np.float32), np.arange(50, dtype=np.float32)), 0.01))
+    assert samples.mean() == pytest.approx(0, abs=1e-5)
+    assert samples.std() == pytest.approx(1, abs=1e-5)
+    silence = data.waveform(data.Utterance("x", (np.zeros(100, np.float32),), 0.01))
+    assert (silence == 0).all()
+
+
+def make_bad(path, how):
+    noise = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    if how == "missing":
+        return
+    if how == "NaN":
+        noise[7] = np.nan
+    soundfile.write(path, noise[: 0 if how == "empty" else None], 16_000, subtype="FLOAT" if path.suffix == ".wav" else None)
+    whole = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    if how == "not audio":
+        path.write_text("this is not audio\n" * 50)
+    if how == "no bytes":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "reason"),
+    [
+        ("a.wav", "missing", "missing"),
+        ("a.wav", "NaN", "not finite"),
+        ("a.wav", "empty", "empty"),
+        ("a.wav", "not audio", "not readable audio"),
+        ("a.wav", "no bytes", "not readable audio"),
+        ("a.wav", "truncated", "truncated"),
+        ("a.flac", "truncated", ""),
+    ],
+)
+def test_bad_audio_is_an_error_that_names_file_and_reason(tmp_path, name, how, reason):
+    make_bad(tmp_path / name, how)
+    with pytest.raises(DataError) as info:
+        data.read_audio(tmp_path / name)
+    assert str(tmp_path / name) in str(info.value)
+    assert reason in str(info.value)
+
+
+# --- Batches ---
+
+
+def utterances(seconds):
+    return [data.Utterance(f"u{i}", (), s) for i, s in enumerate(seconds)]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_batches_hold_every_utterance_once_and_keep_to_their_seconds(seed):
+    rng = np.random.default_rng(5)
+    corpus = utterances(rng.uniform(0.5, 17, 300).tolist() + [60.0])
+    found = data.batches(corpus, 40, None if seed is None else np.random.default_rng(seed))
+    assert sorted(u.name for batch in found for u in batch) == sorted(u.name for u in corpus)
+    for batch in found:
+        longest = max(u.seconds for u in batch)
+        assert longest * len(batch) <= 40 or len(batch) == 1
+    padding = 1 - sum(u.seconds for u in corpus) / sum(max(u.seconds for u in b) * len(b) for b in found)
+    assert padding < 0.15
+
+
+def test_random_batches_differ_each_time_and_repeat_with_their_seed():
+    corpus = utterances(np.linspace(1, 5, 50).tolist())
+    rng = np.random.default_rng(0)
+    first, second = data.batches(corpus, 20, rng), data.batches(corpus, 20, rng)
+    assert first != second
+    assert first == data.batches(corpus, 20, np.random.default_rng(0))
+
+
+def test_the_loader_pads_and_leaves_out_what_it_cannot_read(tmp_path):
+    make_bad(tmp_path / "bad.wav", "NaN")
+    good = [data.Utterance(str(n), (np.random.default_rng(n).normal(size=n).astype(np.float32),), n / 16_000) for n in (500, 700)]
+    bad = data.Utterance("bad", (tmp_path / "bad.wav",), 1.0)
+    batch, waveforms, lengths, reasons = data.Loader([[good[0], bad, good[1]]])[0]
+    assert batch == good
+    assert lengths.tolist() == [500, 700]
+    assert torch.equal(waveforms[0, :500], torch.from_numpy(data.waveform(good[0])))
+    assert (waveforms[0, 500:] == 0).all()
+    assert "bad.wav" in reasons[0]
+    assert data.Loader([[bad]])[0][:3] == ([], None, None)
+
+
+# --- Text and errors ---
+
+
+def test_the_vocabulary_is_wav2vec2s():
+    assert data.VOCABULARY[:8] == ["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T", "A"]
+    assert len(data.VOCABULARY) == 32
+    assert sorted(data.VOCABULARY[5:]) == sorted("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("what's  new?", "WHAT'S NEW"), ("it\u2019s caf\u00e9-time", "IT'S CAFE TIME"), ("  ", ""), ("a\x00b\n\tc\u202e", "A B C"), ("na\u00efve stra\u00dfe", "NAIVE STRASSE")],
+)
+def test_transcripts_are_normalised(text, expected):
+    assert data.normalise(text) == expected
+
+
+def test_decoding_collapses_repeats_and_then_removes_blanks():
+    units = {character: index for index, character in enumerate(data.VOCABULARY)}
+    spoken = "HH_E_LL_LO||_W_OO_O" # "_" is a blank
+    frames = torch.tensor([0 if c == "_" else units[c] for c in spoken])
+    assert data.decode(frames) == "HELLO WOO"
+    assert data.decode(torch.tensor([0, 1, 2, 3, 4, 4, 0])) == ""
+    assert data.decode(data.encode("IT'S A Q")) == "IT'S A Q"
+
+
+@pytest.mark.parametrize("text", ["HELLO ALL", "A", "AAB", "ABAB", "SEE ME"])
+def test_frames_needed_is_where_ctc_becomes_possible(text):
+    target = data.encode(text)
+    for frames, possible in ((data.frames_needed(text), True), (data.frames_needed(text) - 1, False)):
+        log_probabilities = torch.zeros(frames, 1, 32).log_softmax(2)
+        loss = torch.nn.functional.ctc_loss(log_probabilities, target, torch.tensor([frames]), torch.tensor([len(target)])) if frames else torch.tensor(torch.inf)
+        assert loss.isfinite() == possible
+
+
+def test_edit_distance_is_the_shortest_path():
+    @cache
+    def slow(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = ("".join(rng.choice(list("abc"), rng.integers(0, 7))) for _ in range(2))
+        assert data.edit_distance(a, b) == slow(a, b)
+    assert data.edit_distance("kitten", "sitting") == 3
+
+
+def test_error_rates_are_over_the_whole_corpus():
+    references, hypotheses = ["THE CAT SAT", "YES"], ["THE BAT SAT DOWN", ""]
+    assert data.error_rate(references, hypotheses) == 3 / 4  # one substitution, one insertion, one deletion
+    assert data.error_rate(["AB"], ["ACB"], split=list) == 1 / 2
+    assert data.error_rate(references, references) == 0
+    with pytest.raises(ValueError, match="argument"):
+        data.error_rate(["A"], [])
+
+
+# --- Corpora ---
+
+
+def speak(path, seconds=0.5, rate=16_000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(len(path.name)).normal(0, 0.1, round(seconds * rate)), rate)
+
+
+def make_librispeech(root, count=3):
+    for subset in ("train-clean-100", "dev-clean", "test-clean"):
+        folder = root / subset / "84" / "121123"
+        lines = []
+        for i in range(count):
+            speak(folder / f"84-121123-{i:04}.flac", 0.5 + i / 10)
+            lines.append(f"84-121123-{i:04} GO ON NUMBER {'ABCDEFGHIJKLMNOP'[i % 16]}")
+        (folder / "84-121123.trans.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_librispeech(tmp_path):
+    corpus = open_corpus(make_librispeech(tmp_path), "asr")
+    assert [u.text for u in corpus.train(0)] == ["GO ON NUMBER A", "GO ON NUMBER B", "GO ON NUMBER C"]
+    assert [u.seconds for u in corpus.dev] == [0.5, 0.6, 0.7]
+    assert corpus.train(5) == corpus.train(0)
+    assert len(corpus.test) == 3
+    both = open_corpus(tmp_path, "asr", subsets={"train": "train-clean-100,dev-clean"})
+    assert len(both.train(0)) == 6
+    with pytest.raises(DataError, match=r"train-clean-360.*--train"):
+        open_corpus(tmp_path, "asr", subsets={"train": "train-clean-360"})
+    with pytest.raises(DataError, match="slu"):
+        open_corpus(tmp_path, "slu")
+
+
+def make_slurp(root, audio="slurp_real", count=3):
+    """Annotations as SLURP has them; of the second sentence, `intent` lacks the scenario, as on 1.5 % of the real lines."""
+    for split in ("train", "devel", "test"):
+        lines = []
+        for i in range(count):
+            scenario, action = (("weather", "query"), ("iot", "hue_lightoff"))[i % 2]
+            files = [f"audio-{split}-{i}.flac", f"audio-{split}-{i}-headset.flac"]
+            for file in files:
+                speak(root / audio / file)
+            entry = {"slurp_id": i, "sentence": "will it rain", "intent": action if i == 1 else f"{scenario}_{action}",
+                     "scenario": scenario, "action": action, "recordings": [{"file": file, "wer": 0.0} for file in files]}  # fmt: skip
+            lines.append(json.dumps(entry))
+        path = root / "dataset" / "slurp" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("audio", ["slurp_real", "audio/slurp_real", "scripts/audio/slurp_real"])
+def test_slurp(tmp_path, audio):
+    corpus = open_corpus(make_slurp(tmp_path, audio), "slu")
+    assert [u.intent for u in corpus.dev] == ["weather_query"] * 2 + ["iot_hue_lightoff"] * 2 + ["weather_query"] * 2
+    assert len(corpus.train(0)) == 6
+    assert open_corpus(tmp_path, "asr").test[0].text == "WILL IT RAIN"
+
+
+def test_slurp_without_its_audio_and_with_names_that_leave_it(tmp_path):
+    make_slurp(tmp_path)
+    secret = tmp_path.parent / "secret.flac"
+    speak(secret)
+    path = tmp_path / "dataset" / "slurp" / "train.jsonl"
+    lines = path.read_text().splitlines()
+    for i, name in enumerate(["../../secret.flac", str(secret), "..", ""]):
+        entry = json.loads(lines[0])
+        entry["recordings"] = [{"file": name}]
+        path.write_text("\n".join([*lines, json.dumps(entry)]))
+        corpus = open_corpus(tmp_path, "slu", skip_bad=True)
+        assert len(corpus.train(0)) == 6, i
+        assert len(corpus.skipped) == 1
+    for folder in tmp_path.glob("slurp_*"):
+        folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="slurp_real"):
+        open_corpus(tmp_path, "slu")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "7", '{"scenario": "a"}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": [{}]}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": 5}'])
+def test_a_malformed_annotation_is_skipped_with_its_line(tmp_path, line):
+    path = make_slurp(tmp_path) / "dataset" / "slurp" / "train.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match=r"1 of 19 .*train.jsonl: line 4"):
+        open_corpus(tmp_path, "slu")
+    assert len(open_corpus(tmp_path, "slu", skip_bad=True).train(0)) == 6
+
+
+def make_digits(root):
+    for digit in range(10):
+        for speaker in ("ann", "bob"):
+            for take in (0, 3, 4, 5, 9, 10, 23):
+                speak(root / "recordings" / f"{digit}_{speaker}_{take}.wav", 0.3, 8_000)
+    return root
+
+
+def test_digits_are_split_by_take(tmp_path):
+    corpus = open_corpus(make_digits(tmp_path), "slu")
+    assert (len(corpus.train(0)), len(corpus.dev), len(corpus.test)) == (40, 40, 60)
+    takes = {split: {int(u.name.split("_")[2]) for u in found} for split, found in (("train", corpus.train(0)), ("dev", corpus.dev), ("test", corpus.test))}
+    assert takes == {"train": {10, 23}, "dev": {5, 9}, "test": {0, 3, 4}}
+    assert {u.intent for u in corpus.test if u.name.startswith("7_")} == {"seven"}
+
+
+def test_digit_strings_use_each_recording_once_and_are_fresh_each_epoch(tmp_path):
+    corpus = open_corpus(make_digits(tmp_path), "asr", seed=3)
+    for utterances, count in ((corpus.train(0), 40), (corpus.dev, 40), (corpus.test, 60)):
+        names = [name for u in utterances for name in u.name.split("+")]
+        assert len(names) == len(set(names)) == count
+        for u in utterances:
+            digits = [name[0] for name in u.name.split("+")]
+            assert u.text.split() == [data.DIGITS[int(d)].upper() for d in digits]
+            assert len({name.split("_")[1] for name in u.name.split("+")}) == 1
+            assert 1 <= len(digits) <= 5
+            assert len(data.waveform(u)) == round(u.seconds * 16_000)
+    assert corpus.train(0) != corpus.train(1)
+    again = open_corpus(tmp_path, "asr", seed=3)
+    assert [u.name for u in again.train(1)] == [u.name for u in corpus.train(1)]
+    assert [u.name for u in open_corpus(tmp_path, "asr", seed=4).dev] != [u.name for u in corpus.dev]
+
+
+@pytest.mark.parametrize("task", ["asr", "slu"])
+def test_the_demo_is_the_same_for_the_same_seed_only(monkeypatch, task):
+    monkeypatch.setattr(data, "DEMO_SIZES", {"train": 30, "dev": 4, "test": 4})
+    a, b, c = (open_corpus("demo", task, seed) for seed in (1, 1, 2))
+    for first, second in zip(a.train(0), b.train(0), strict=True):
+        assert (first.text, first.intent) == (second.text, second.intent)
+        assert np.array_equal(first.sources[0], second.sources[0])
+    assert any(x.text != y.text for x, y in zip(a.train(0), c.train(0)))
+    assert not any(x.text == y.text and np.array_equal(x.sources[0], y.sources[0]) for x in a.train(0) for y in a.test)
+    for u in a.train(0):
+        samples = u.sources[0]
+        assert np.isfinite(samples).all()
+        assert 0.4 < np.abs(samples).max() <= 0.5
+        assert len(samples) == round(u.seconds * 16_000)
+        assert u.text == data.normalise(u.text) != ""
+
+
+def test_every_word_of_the_demo_can_be_spoken():
+    words = {word for commands in data.COMMANDS.values() for command in commands for word in command.split()} - {"#"} | set(data.ASR_WORDS)
+    assert words <= set(data.WORDS)
+    assert {phone for word in data.WORDS.values() for phone in word} <= set(data.PHONES)
+    assert len({data.WORDS[word] for word in data.ASR_WORDS}) == len(data.ASR_WORDS)  # no two sound alike
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("missing", "missing"), ("no bytes", "not readable audio"), ("not audio", "not readable audio"), ("no transcript", "transcript is empty"), ("not a line", "not `ID TEXT`")],
+)
+def test_each_bad_utterance_is_skipped_with_its_reason_and_too_many_are_an_error(tmp_path, how, reason):
+    make_librispeech(tmp_path, 40)
+    folder = tmp_path / "train-clean-100" / "84" / "121123"
+    transcripts = folder / "84-121123.trans.txt"
+    for i, allowed in ((0, True), (1, False)):  # 1 of 120 is under one per cent, 2 are not
+        path = folder / f"84-121123-{i:04}.flac"
+        if how == "no transcript":
+            transcripts.write_text(transcripts.read_text().replace(f"84-121123-{i:04} GO ON NUMBER {'AB'[i]}", f"84-121123-{i:04} ..."))
+        elif how == "not a line":
+            transcripts.write_text(transcripts.read_text().replace(f"84-121123-{i:04} ", f"../84-121123-{i:04} "))
+        else:
+            path.unlink()
+            make_bad(path, how)
+        if allowed:
+            corpus = open_corpus(tmp_path, "asr")
+            assert len(corpus.train(0)) == 39
+            (why,) = corpus.skipped
+            assert reason in why
+        else:
+            with pytest.raises(DataError, match="2 of 120"):
+                open_corpus(tmp_path, "asr")
+            assert len(open_corpus(tmp_path, "asr", skip_bad=True).skipped) == 2
+
+
+def test_folders_that_are_no_corpus_are_refused(tmp_path):
+    for path, match in ((tmp_path, "no known corpus"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(DataError, match=match):
+            open_corpus(path, "asr")
+    (tmp_path / "recordings").mkdir()
+    with pytest.raises(DataError, match="train split has no usable utterance"):
+        open_corpus(tmp_path, "slu")
+
+
+def test_a_change_of_rate_or_channels_is_said_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    data._said.clear()
+    open_corpus(make_digits(tmp_path), "slu")
+    assert caplog.text.count("8000 Hz, resampled to 16000") == 1

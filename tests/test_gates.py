@@ -1,0 +1,165 @@
+"""The distribution, the penalty, the four methods, and the hardening."""
+
+import math
+
+import pytest
+import torch
+from conftest import TINY, tiny
+
+from flops import BASE, cost
+from gates import KINDS, METHODS, SAMPLES, BudgetError, HardConcrete, Lagrangian, check_budget, harden
+
+CONSTRAINED = {  # stated again, from the design: what each method keeps within its budget
+    "mac": [lambda c: c.macs],
+    "size": [lambda c: c.params],
+    "sepsize": [lambda c: c.frontend.params, lambda c: c.projection.params + c.position.params + c.attention.params + c.ffn.params],
+    "transformer": [lambda c: c.macs],
+}
+
+
+def test_gates_are_open_as_often_as_they_say():
+    torch.manual_seed(0)
+    gate = HardConcrete(6)
+    with torch.no_grad():
+        gate.log_alpha.copy_(torch.tensor([-4.0, -1.6, -0.5, 0.0, 1.0, 3.0]))
+        z = torch.stack([gate() for _ in range(20_000)])
+    probability = gate.open_probability()
+    standard_error = (probability * (1 - probability) / len(z)).sqrt()
+    assert ((z > 0).double().mean(0) - probability).abs().lt(4 * standard_error).all()
+    assert z.min() == 0
+    assert z.max() == 1
+    # As printed in the paper, with beta = 2/3, gamma = -0.1, zeta = 1.1.
+    assert probability[3].item() == pytest.approx(1 / (1 + math.exp(2 / 3 * math.log(0.1 / 1.1))), rel=1e-6)
+
+
+def test_samples_follow_the_equation():
+    torch.manual_seed(1)
+    u = torch.rand(4)
+    torch.manual_seed(1)
+    gate = HardConcrete(4)
+    log_alpha = gate.log_alpha.detach()
+    expected = torch.sigmoid((torch.log(u) - torch.log(1 - u) + log_alpha) * 3 / 2) * 1.2 - 0.1
+    assert torch.allclose(gate(), expected.clamp(0, 1), atol=1e-6)
+
+
+def test_gates_start_open_and_are_deterministic_at_evaluation():
+    gate = HardConcrete(5)
+    assert torch.allclose(gate.open_probability(), torch.tensor(0.99, dtype=torch.float64), atol=1e-6)
+    gate.eval()
+    assert (gate() == 1).all()
+    with torch.no_grad():
+        gate.log_alpha.copy_(torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0]))
+    expected = [0, 1.2 / (1 + math.e) - 0.1, 0.5, 1.2 * math.e / (1 + math.e) - 0.1, 1]
+    assert gate().tolist() == pytest.approx(expected, abs=1e-6)
+    assert gate.kept().tolist() == [1, 2, 3, 4]
+
+
+def test_a_gate_is_trained_towards_what_the_loss_wants():
+    torch.manual_seed(0)
+    gate = HardConcrete(2)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        z = gate()
+        (z[0] - z[1]).backward()
+        optimizer.step()
+    gate.eval()
+    assert gate().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_penalty_is_the_augmented_lagrangian(method):
+    model = tiny(KINDS[method])
+    lagrangian = Lagrangian(TINY, method, 0.6)
+    dense = cost(TINY, 160_000)
+    expected = cost(TINY.with_counts({p: g.open_probability().sum().item() for p, g in model.gates.items()}), 160_000)
+    gaps = [1 - measure(expected) / measure(dense) - 0.4 * 0.25 for measure in CONSTRAINED[method]]
+    assert lagrangian(model.gates, 0.25).item() == 0  # multipliers start at 0
+    with torch.no_grad():
+        lagrangian.multipliers.copy_(torch.tensor([[1.5, -2.0], [0.5, 3.0]])[: len(gaps)])
+    by_hand = sum(a * gap + b * gap**2 for (a, b), gap in zip(lagrangian.multipliers.tolist(), gaps))
+    assert lagrangian(model.gates, 0.25).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_constraint_alone_brings_the_expected_cost_to_the_budget(method):
+    torch.manual_seed(0)
+    model, budget = tiny(), 0.7
+    model.add_gates(KINDS[method])
+    lagrangian = Lagrangian(TINY, method, budget)
+    gates = [gate.log_alpha for gate in model.gates.values()]
+    groups = [{"params": gates}, {"params": [lagrangian.multipliers], "maximize": True}]
+    optimizer = torch.optim.Adam(groups, lr=0.05)
+    for step in range(800):
+        optimizer.zero_grad()
+        lagrangian(model.gates, min(1, step / 80)).backward()
+        optimizer.step()
+    assert (1 - lagrangian.sparsity(model.gates)).tolist() == pytest.approx([budget] * len(METHODS[method]), abs=0.02)
+
+
+@pytest.mark.parametrize("budget", [0.45, 0.5, 0.83])
+@pytest.mark.parametrize("method", METHODS)
+def test_hardening_keeps_the_best_units_that_the_budget_allows(method, budget):
+    for seed in range(4):
+        model = tiny(KINDS[method], seed)
+        scores = {place: gate.log_alpha.detach().clone() for place, gate in model.gates.items()}
+        harden(model.gates, TINY, method, budget)
+        kept, dense = model.shape, cost(TINY, SAMPLES)
+        limits = [budget * measure(dense) for measure in CONSTRAINED[method]]
+
+        def fits(shape, constraints=CONSTRAINED[method], limits=limits):
+            return all(measure(cost(shape, SAMPLES)) <= limit for measure, limit in zip(constraints, limits))
+
+        assert fits(kept)
+        assert min(kept.channels) >= 1
+        for (kind, layer), gate in model.gates.items():
+            count = getattr(kept, kind)[layer]
+            if count < len(gate.log_alpha):  # no further unit fits
+                assert not fits(kept.with_counts({(kind, layer): count + 1}))
+            if 0 < count < len(gate.log_alpha):  # the kept ones are the most probable ones
+                is_kept = gate.log_alpha > -math.inf
+                assert scores[kind, layer][is_kept].min() >= scores[kind, layer][~is_kept].max()
+            assert set(gate.open_probability().round().tolist()) <= {0.0, 1.0}
+            assert (gate()[gate.kept()] >= 0.5).all()
+
+
+def test_hardening_has_one_threshold_over_all_layers():
+    model = tiny(("units",))
+    with torch.no_grad():
+        for (_, layer), gate in model.gates.items():  # layer 1 all low, layer 2 all high; units cost the same everywhere
+            gate.log_alpha.copy_(torch.randn_like(gate.log_alpha) * 0.1 + [0.0, -3.0, 3.0][layer])
+    whole = cost(TINY, SAMPLES).macs
+    units_16 = whole - cost(TINY.with_counts({("units", 0): 4}), SAMPLES).macs
+    harden(model.gates, TINY, "transformer", (whole - units_16) / whole)
+    assert model.shape.units == (16, 0, 16)
+
+
+def test_a_method_gates_what_it_says():
+    places = {method: {kind for kind, _ in tiny(KINDS[method]).gates} for method in METHODS}
+    everything = {"channels", "heads", "units"}
+    assert places == {"mac": everything, "size": everything, "sepsize": everything, "transformer": {"heads", "units"}}
+
+
+def test_an_unreachable_budget_is_refused_with_the_floor():
+    with pytest.raises(BudgetError, match=r"transformer.*0\.36"):
+        check_budget(BASE, "transformer", 0.36)
+    check_budget(BASE, "transformer", 0.367)
+    for method in METHODS:
+        check_budget(BASE, method, 0.5)
+        with pytest.raises(BudgetError, match="budget"):
+            check_budget(BASE, method, 0.001)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_budget_from_the_floor_up_can_be_hardened_to(method):
+    low, high = 0.0, 1.0
+    for _ in range(20):  # the floor, from outside
+        middle = (low + high) / 2
+        try:
+            check_budget(TINY, method, middle)
+            high = middle
+        except BudgetError:
+            low = middle
+    model = tiny(KINDS[method])
+    harden(model.gates, TINY, method, high)
+    assert cost(model.shape, SAMPLES).macs < cost(TINY, SAMPLES).macs

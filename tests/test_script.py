@@ -1,0 +1,338 @@
+"""The program from its command line, at a size that takes seconds: runs, their results, and every wrong use."""
+
+import json
+import logging
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import HERE, TINY, tiny, write_layout
+from test_data import make_bad, make_digits, make_librispeech, make_slurp
+
+import data
+import sslprune
+from flops import cost
+from gates import METHODS
+
+MAIN = str(HERE.parent / "sslprune.py")
+FAST = ["--dense-updates", "2", "--prune-updates", "2", "--finetune-updates", "2"]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The demo corpus and the model from scratch at a size for tests."""
+    monkeypatch.setattr(data, "DEMO_SIZES", {"train": 40, "dev": 5, "test": 6})
+    monkeypatch.setattr(sslprune, "SMALL", replace(TINY, heads=(3, 2, 4, 4), units=(60, 60, 60, 60)))
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of the program, in this process."""
+    logging.getLogger().handlers.clear()  # logging.basicConfig takes effect once, and this is not once
+    try:
+        status = sslprune.main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", ["asr", "slu"])
+def test_a_whole_run(small, capsys, tmp_path, task, method):
+    out = tmp_path / "run"
+    budget = 0.8
+    status, printed, errors = run(capsys, "--task", task, "--budget", budget, "--method", method, "--out", out, *FAST)
+    assert (status, errors) == (0, "")
+    report = report_of(out)
+    assert {key: report[key] for key in ("task", "method", "budget", "seed", "data", "checkpoint")} == {
+        "task": task, "method": method, "budget": budget, "seed": 0, "data": "demo", "checkpoint": None,
+    }  # fmt: skip
+    # A channel of the frontend is a coarse grain where it has a budget of its own, and the model is this small.
+    assert budget - (0.01 if method == "sepsize" else 0.002) < report["achieved"] <= budget
+    measured = {"mac": "macs", "transformer": "macs", "size": "params", "sepsize": "params"}[method]
+    assert report["achieved"] == report["pruned"][measured] / report["dense"][measured]
+    if method == "sepsize":
+        parts = [report["pruned"]["frontend_params"] / report["dense"]["frontend_params"]]
+        others = [report[which]["params"] - report[which]["frontend_params"] for which in ("pruned", "dense")]
+        parts.append(others[0] / others[1])
+        assert max(parts) <= budget
+        assert parts[1] > budget - 0.002
+    if method == "transformer":
+        assert report["pruned"]["shape"]["channels"] == report["dense"]["shape"]["channels"]
+    for key in ("dense", "pruned"):
+        assert report[key]["seconds"] > 0
+    assert report["metric"]["name"] == {"asr": "word_error_rate", "slu": "intent_accuracy"}[task]
+    assert report["skipped"] == 0
+    assert report["train_seconds"] > 0
+    model = sslprune.load(out / "model.pt")
+    assert model.encoder.shape.as_dict() == report["pruned"]["shape"]
+    c = cost(model.encoder.shape, 160_000)
+    assert (c.macs, c.params) == (report["pruned"]["macs"], report["pruned"]["params"])
+    assert sum(p.numel() for p in model.encoder.parameters()) == c.params
+    assert not any(name.endswith("log_alpha") for name in model.state_dict())
+    assert sorted(path.name for path in out.iterdir()) == ["dense.pt", "log.txt", "model.pt", "report.json"]
+    log = (out / "log.txt").read_text()
+    for line in ("phase 1 of 3, dense", "phase 2 of 3, prune", "phase 3 of 3, finetune", "what each layer kept", "forward (10 s of audio)"):
+        assert line in printed
+        assert line in log
+
+    # The metric is the model's: predict and evaluate again, from the file.
+    corpus = data.open_corpus("demo", task)
+    found = []
+    for i, u in enumerate(corpus.test):
+        soundfile.write(tmp_path / f"{i}.wav", u.sources[0], 16_000, subtype="FLOAT")
+        found.append(tmp_path / f"{i}.wav")
+    predicted = model.predict(found)
+    if task == "asr":
+        assert report["metric"]["test"] == data.error_rate([u.text for u in corpus.test], predicted)
+    else:
+        assert report["metric"]["test"] == sum(p == u.intent for p, u in zip(predicted, corpus.test)) / len(corpus.test)
+    status, printed, _ = run(capsys, "--predict", out / "model.pt", *found)
+    assert status == 0
+    assert printed.splitlines() == [f"{path}\t{label}" for path, label in zip(found, predicted)]
+    status, printed, _ = run(capsys, "--evaluate", out / "model.pt")
+    assert status == 0
+    assert f"test {report['metric']['name'].replace('_', ' ')} {report['metric']['test']:.2%}" in printed
+
+
+def test_the_same_command_gives_the_same_model_and_another_seed_another(small, capsys, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(capsys, "--task", "asr", "--budget", "0.6", "--out", tmp_path / name, "--seed", seed, "--mask-probability", "0.3", "--layer-drop", "0.3", *FAST)
+    a, b, c = ((tmp_path / name / "model.pt").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
+    status, printed, _ = run(capsys, "--task", "slu", "--budget", "1.0", "--out", tmp_path / "run", *FAST)
+    report = report_of(tmp_path / "run")
+    assert status == 0
+    assert report["achieved"] == 1
+    assert report["pruned"]["shape"] == report["dense"]["shape"]
+    assert "phase 3 of 3" in printed
+    assert not torch.equal(sslprune.load(tmp_path / "run" / "model.pt").head.weight, sslprune.load(tmp_path / "run" / "dense.pt").head.weight)
+
+
+def test_training_learns_and_the_constraint_binds(small, capsys, monkeypatch, tmp_path):
+    """Not how well: that it gets better by training, and that training brings the expected cost to the budget."""
+    monkeypatch.setattr(data, "COMMANDS", {key: data.COMMANDS[key] for key in ("alarm_set", "weather_query")})
+    updates = ["--dense-updates", "60", "--prune-updates", "150", "--finetune-updates", "10"]
+    status, _, _ = run(capsys, "--task", "slu", "--budget", "0.7", "--out", tmp_path / "run", "--gate-lr", "0.1", "--dense-lr", "3e-3", "--batch-seconds", "10", *updates)
+    assert status == 0
+    report = report_of(tmp_path / "run")
+    assert report["metrics"]["dense"]["test"]["intent_accuracy"] == 1
+    assert report["metric"]["test"] == 1
+    assert report["expected"] == pytest.approx([0.7], abs=0.1)
+
+
+def test_a_dense_checkpoint_of_ours_is_pruned_without_a_dense_phase_and_keeps_its_head(small, capsys, tmp_path):
+    run(capsys, "--task", "slu", "--budget", "1", "--out", tmp_path / "dense", *FAST)
+    checkpoint = tmp_path / "dense" / "dense.pt"
+    status, printed, _ = run(capsys, "--task", "slu", "--budget", "0.7", "--out", tmp_path / "b", "--checkpoint", checkpoint, *FAST[2:])
+    assert status == 0
+    assert "phase 1 of 2, prune" in printed
+    first, second = report_of(tmp_path / "dense"), report_of(tmp_path / "b")
+    assert second["metrics"]["dense"] == first["metrics"]["dense"]
+    assert second["checkpoint"] == str(checkpoint)
+    status, printed, _ = run(capsys, "--task", "asr", "--budget", "0.7", "--out", tmp_path / "c", "--checkpoint", checkpoint, *FAST[2:])
+    assert status == 0  # another task: the encoder only
+    assert report_of(tmp_path / "c")["metrics"]["dense"] is None
+
+
+@pytest.mark.parametrize("layout", ["hf_pretraining", "torchaudio", "fairseq"])
+def test_public_checkpoints_are_pruned(golden, capsys, tmp_path, layout):
+    (tmp_path / "from").mkdir()
+    path = write_layout(tmp_path / "from", golden, layout)
+    corpus = make_librispeech(tmp_path / "LibriSpeech")
+    arguments = ["--task", "asr", "--budget", "0.8", "--method", "size", "--checkpoint", path, "--data", corpus, "--out", tmp_path / "out", *FAST[2:]]
+    status, printed, errors = run(capsys, *arguments)
+    assert (status, errors) == (0, "")
+    assert 0.79 < report_of(tmp_path / "out")["achieved"] <= 0.8
+    assert "phase 1 of 2, prune" in printed
+
+
+@pytest.mark.parametrize(("make", "task"), [(make_slurp, "slu"), (make_slurp, "asr"), (make_digits, "slu"), (make_digits, "asr"), (make_librispeech, "asr")])
+def test_each_corpus_runs_end_to_end(small, capsys, tmp_path, make, task):
+    status, _, errors = run(capsys, "--task", task, "--budget", "0.8", "--data", make(tmp_path / "corpus"), "--out", tmp_path / "out", *FAST)
+    assert (status, errors) == (0, "")
+    metrics = report_of(tmp_path / "out")["metrics"]["pruned"]["test"]
+    if (make, task) == (make_slurp, "slu"):
+        assert list(metrics) == ["intent_accuracy", "scenario_accuracy", "action_accuracy"]
+
+
+def test_scenario_and_action_are_counted_by_themselves(monkeypatch):
+    model = sslprune.SpeechModel(tiny(), "slu", ["iot_hue_lighton", "iot_hue_lightoff", "audio_volume_up"])
+    noise = np.random.default_rng(0).normal(size=(4, 800)).astype(np.float32)
+    intents = ["iot_hue_lighton", "iot_hue_lightoff", "audio_volume_up", "play_music"]  # the model does not know the last
+    corpus = data.Corpus("x", test=[data.Utterance(str(i), (noise[i],), 0.05, "", intent) for i, intent in enumerate(intents)])
+    said = iter([["iot_hue_lighton"], ["iot_hue_lighton"], ["audio_volume_up"], ["audio_volume_up"]])
+    monkeypatch.setattr(model, "transcribe", lambda waveforms, lengths: next(said))
+    metrics = sslprune.evaluate(model, corpus, "test", 0.05)
+    assert metrics == {"intent_accuracy": 0.5, "scenario_accuracy": 0.75, "action_accuracy": 0.5}
+
+
+def test_utterances_too_short_for_a_frame_or_their_transcript_are_skipped():
+    model = sslprune.SpeechModel(tiny(), "asr", data.VOCABULARY)
+
+    def utterance(name, samples, text):
+        return data.Utterance(name, (), samples / 16_000, text)
+
+    utterances = [utterance("no frame", 399, "A"), utterance("one frame", 400, "A"), utterance("two letters", 400, "AB"),
+                  utterance("repeat", 720, "AA"), utterance("fits", 720, "AB")]  # fmt: skip
+    corpus = data.Corpus("x")
+    assert [u.name for u in sslprune.usable(utterances, corpus, model, training=True)] == ["one frame", "fits"]
+    assert len(corpus.skipped) == 3
+    assert [u.name for u in sslprune.usable(utterances, data.Corpus("x"), model)] == ["one frame", "two letters", "repeat", "fits"]
+
+
+def test_audio_that_turns_out_bad_while_training_is_skipped_counted_and_limited(small, capsys, tmp_path):
+    corpus = make_librispeech(tmp_path / "corpus", 3)
+    make_bad(corpus / "train-clean-100" / "84" / "121123" / "84-121123-0001.flac", "none")
+    path = corpus / "train-clean-100" / "84" / "121123" / "84-121123-0001.flac"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])  # its header still promises all of it
+    arguments = ["--task", "asr", "--budget", "0.9", "--data", corpus, "--out"]
+    status, printed, errors = run(capsys, *arguments, tmp_path / "a", *FAST)
+    assert status == 2
+    assert "--skip-bad" in errors
+    status, printed, _ = run(capsys, *arguments, tmp_path / "b", "--skip-bad", *FAST)
+    assert status == 0
+    assert printed.count("84-121123-0001.flac") == 1
+    assert report_of(tmp_path / "b")["skipped"] == 1
+
+
+def test_sample_of_time_masks_and_rates():
+    rates = [sslprune.tri_stage(i / 1000) for i in range(1000)]
+    assert rates[0] < 0.02
+    assert max(rates) == 1 == rates[300]
+    assert rates[100:500] == [1.0] * 400
+    assert rates[750] == pytest.approx(math.sqrt(0.05))
+    assert rates[-1] == pytest.approx(0.05, rel=0.01)
+
+
+# --- Wrong use: one line that says what to do, exit status 2, nothing lost ---
+
+
+def command(*arguments, **options):
+    result = subprocess.run([sys.executable, MAIN, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+    return result.returncode, result.stdout, result.stderr
+
+
+def refused(result, *words):
+    status, _, errors = result
+    assert status == 2, result
+    assert errors.startswith("sslprune: "), errors
+    assert errors.count("\n") == 1, errors
+    assert "Traceback" not in errors
+    for word in words:
+        assert word in errors, errors
+
+
+WRONG = {
+    "no arguments": ([], ["--task"]),
+    "no budget": (["--task", "asr"], ["--budget"]),
+    "unknown task": (["--task", "translate", "--budget", "0.5"], ["asr", "slu"]),
+    "unknown method": (["--task", "asr", "--budget", "0.5", "--method", "magic"], ["sepsize"]),
+    "unknown flag": (["--task", "asr", "--budget", "0.5", "--bugdet"], ["--bugdet"]),
+    "abbreviated flag": (["--task", "asr", "--budg", "0.5"], []),
+    **{f"budget {b}": (["--task", "asr", "--budget", b], ["--budget", b]) for b in ("0", "1.5", "-0.5", "half", "nan", "inf", "")},
+    "unreachable budget": (["--task", "asr", "--budget", "0.1", "--method", "transformer"], ["0.35", "--budget"]),
+    "missing folder": (["--task", "asr", "--budget", "0.5", "--data", "nowhere"], ["nowhere"]),
+    "no known layout": (["--task", "asr", "--budget", "0.5", "--data", str(HERE)], ["LibriSpeech", "SLURP"]),
+    "missing checkpoint": (["--task", "asr", "--budget", "0.5", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
+    "text as checkpoint": (["--task", "asr", "--budget", "0.5", "--checkpoint", MAIN], [MAIN]),
+    "foreign model to predict": (["--predict", MAIN, "x.wav"], [MAIN]),
+    "nothing to predict": (["--predict", "model.pt"], ["recording"]),
+    "missing model to evaluate": (["--evaluate", "nowhere.pt"], ["nowhere.pt"]),
+    "unknown device": (["--task", "asr", "--budget", "0.5", "--device", "abacus"], ["abacus"]),
+    "negative seed": (["--task", "asr", "--budget", "0.5", "--seed", "-1"], ["--seed"]),
+    "fractional updates": (["--task", "asr", "--budget", "0.5", "--prune-updates", "1.5"], ["--prune-updates"]),
+    "zero batch": (["--task", "asr", "--budget", "0.5", "--batch-seconds", "0"], ["--batch-seconds"]),
+    "subsets of the demo": (["--task", "asr", "--budget", "0.5", "--train", "train-clean-100"], ["demo"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_ends_in_one_line(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    arguments, words = WRONG[name]
+    refused(run(capsys, *arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_use_in_a_process_of_its_own(tmp_path):
+    refused(command("--task", "asr", "--budget", "half", cwd=tmp_path), "half")
+    status, printed, errors = command("--help")
+    assert (status, errors) == (0, "")
+    assert "--prune-updates" in printed
+
+
+def test_an_out_that_holds_something_is_refused_and_left_alone(capsys, tmp_path):
+    (tmp_path / "report.json").write_text("precious")
+    refused(run(capsys, "--task", "asr", "--budget", "0.5", "--out", tmp_path), "--out")
+    assert (tmp_path / "report.json").read_text() == "precious"
+    refused(run(capsys, "--task", "asr", "--budget", "0.5", "--out", tmp_path / "report.json"), "--out")
+
+
+def test_an_out_that_cannot_be_made_is_refused(small, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run(capsys, "--task", "asr", "--budget", "0.5", "--out", tmp_path / "file" / "run", *FAST), "file")
+
+
+def test_too_little_room_is_refused_before_training(small, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sslprune.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000})())
+    refused(run(capsys, "--task", "asr", "--budget", "0.5", "--out", tmp_path / "run", *FAST), "MB are needed")
+
+
+def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_no_partial_file(tmp_path):
+    """A limit on the size of files is the nearest to a full disk that a test may make."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        f"sys.path.insert(0, {str(HERE.parent)!r}); import data, sslprune;"
+        "data.DEMO_SIZES = {'train': 10, 'dev': 2, 'test': 2};"
+        "sys.exit(sslprune.main(sys.argv[1:]))"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--task", "asr", "--budget", "0.5", "--out", str(tmp_path / "run"), "--dense-updates", "1"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    refused((result.returncode, result.stdout, result.stderr), "dense.pt")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.txt"]
+
+
+def test_predict_goes_on_after_a_file_that_cannot_be_read(small, capsys, tmp_path):
+    run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "run", *FAST)
+    make_bad(tmp_path / "bad.wav", "not audio")
+    soundfile.write(tmp_path / "short.wav", np.zeros(300), 16_000)
+    soundfile.write(tmp_path / "good.wav", np.random.default_rng(0).normal(0, 0.1, (9_000, 2)), 44_100)
+    files = [tmp_path / name for name in ("bad.wav", "missing.wav", "short.wav", "good.wav")]
+    status, printed, errors = run(capsys, "--predict", tmp_path / "run" / "model.pt", *files)
+    assert status == 2
+    assert re.fullmatch(r".*good\.wav\t\w+\n", printed)
+    assert [line.split(":")[0] for line in errors.splitlines()] == ["sslprune"] * 3
+    assert all(name in errors for name in ("bad.wav", "missing.wav", "short.wav"))
+
+
+def test_evaluate_refuses_another_task_and_needs_no_training_split(small, capsys, tmp_path):
+    corpus = make_slurp(tmp_path / "slurp")
+    assert run(capsys, "--task", "slu", "--budget", "0.9", "--data", corpus, "--out", tmp_path / "run", *FAST)[0] == 0
+    model = tmp_path / "run" / "model.pt"
+    refused(run(capsys, "--evaluate", model, "--task", "asr"), "slu")
+    os.remove(corpus / "dataset" / "slurp" / "train.jsonl")
+    status, printed, _ = run(capsys, "--evaluate", model, "--data", corpus)
+    assert status == 0
+    assert "scenario accuracy" in printed
