@@ -2,7 +2,7 @@
 
     waveform -> [convolution -> (GroupNorm, first layer only) -> GELU] x 7 -> LayerNorm -> linear -> time masks
 
-The frontend is where the name "size" and the word "cost" part: a twentieth of the parameters, a third of the MACs.
+It has a twentieth of wav2vec2-base's parameters, and a third of its MACs.
 
 Gates. A unit's gate multiplies its output, and what reads it is linear, so the gate is multiplied into the weights that read
 it: the same function, without a second pass over a large activation. Slicing does the same once and for all. The exception
