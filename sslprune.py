@@ -47,8 +47,8 @@ RECIPES = {
                  dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1, layer_drop=0.1, mask_probability=0.65),
     # The small model from scratch, chosen on the demo's dev sets: as long as a few minutes allow, and gates that are fast and a
     # target that is slow enough for a phase of some hundred updates.
-    "small": dict(dense_updates=640, prune_updates=360, finetune_updates=240, batch_seconds=10.0,
-                  dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=0.15, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0),
+    "small": dict(dense_updates=560, prune_updates=300, finetune_updates=180, batch_seconds=10.0,
+                  dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=0.2, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0),
 }  # fmt: skip
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
