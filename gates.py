@@ -17,6 +17,7 @@ Gates are given to the functions here as a dictionary from (field of flops.Shape
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -170,45 +171,48 @@ def harden(gates, shape, method, budget):
     below it is kept after all where it still fits, so that no further unit would. Each convolution keeps its best channel.
     Raises BudgetError where even the smallest model costs more.
     """
-    dense = cost(shape, SAMPLES)
-    counts = {}
+    dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
+        governed = {place: gate for place, gate in gates.items() if place[0] in constraint.kinds}
         limit = budget * constraint.measure(dense)
-        places = [place for place in gates if place[0] in constraint.kinds]
-        sizes = [gates[place].log_alpha.numel() for place in places]
-        # Order by log alpha: it orders as the open probability does, and does not round to equal values near 0 and 1.
-        scores = torch.cat([gates[place].log_alpha for place in places]).cpu()
-        owners = torch.arange(len(places)).repeat_interleave(torch.tensor(sizes))
-        for start, size, (kind, _) in zip(torch.tensor([0, *sizes]).cumsum(0), sizes, places):
-            if kind == "channels":
-                scores[start + scores[start : start + size].argmax()] = math.inf
-        order = scores.sort(descending=True, stable=True).indices
-        owners = owners[order].tolist()
 
-        def fits(kept):
-            return constraint.measure(cost(shape.with_counts({**counts, **kept}), SAMPLES)) <= limit
+        def fits(counts, measure=constraint.measure, limit=limit):
+            return measure(cost(shape.with_counts(kept | counts), SAMPLES)) <= limit
 
-        def first(n):
-            kept = dict.fromkeys(places, 0)
-            for owner in owners[:n]:
-                kept[places[owner]] += 1
-            return kept
-
-        low, high = sum(kind == "channels" for kind, _ in places), len(owners)
-        if not fits(first(low)):
+        counts, keep = _best_that_fit(governed, fits)
+        if counts is None:
             raise BudgetError(f"budget {budget:g} is out of reach for the {constraint.name}; give a larger --budget")
-        while low < high:  # the largest n such that the first n fit
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(first(middle)) else (low, middle - 1)
-        kept, keep = first(low), torch.zeros(len(owners), dtype=torch.bool)
-        keep[order[:low]] = True
-        for position in range(low, len(owners)):
-            place = places[owners[position]]
-            kept[place] += 1
-            if fits(kept):
-                keep[order[position]] = True
-            else:
-                kept[place] -= 1
-        counts.update(kept)
-        for place, part in zip(places, keep.split(sizes)):
-            gates[place].harden(part.to(gates[place].log_alpha.device))
+        kept |= counts
+        for place, gate in governed.items():
+            gate.harden(keep[place].to(gate.log_alpha.device))
+
+
+def _best_that_fit(gates, fits):
+    """The kept count and the kept units, (units,) bool, of each place; None, None where not even the fewest possible fit."""
+    places, sizes = list(gates), [gate.log_alpha.numel() for gate in gates.values()]
+    # By log alpha: it orders units as the open probability does, and does not round to equal values near 0 and 1.
+    scores = [gate.log_alpha.detach().cpu().clone() for gate in gates.values()]
+    fewest = 0
+    for (kind, _), score in zip(places, scores):
+        if kind == "channels":
+            score[score.argmax()] = math.inf
+            fewest += 1
+    order = torch.cat(scores).sort(descending=True, stable=True).indices
+    place_of = [places[i] for i in torch.arange(len(places)).repeat_interleave(torch.tensor(sizes))[order]]
+
+    def first(n):
+        return dict.fromkeys(places, 0) | Counter(place_of[:n])
+
+    if not fits(first(fewest)):
+        return None, None
+    low, high = fewest, len(order)
+    while low < high:  # the threshold: the largest n such that the first n fit
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(first(middle)) else (low, middle - 1)
+    counts, keep = first(low), torch.zeros(len(order), dtype=torch.bool)
+    keep[order[:low]] = True
+    for unit, place in zip(order[low:], place_of[low:]):
+        more = counts | {place: counts[place] + 1}
+        if fits(more):
+            counts, keep[unit] = more, True
+    return counts, dict(zip(places, keep.split(sizes)))

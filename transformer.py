@@ -252,7 +252,6 @@ INSIDE = re.compile(PREFIX + r"(?:feature_extractor|feature_projection|encoder)\
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
-
 class Inert:
     """Stands for a class of fairseq's that its checkpoints hold beside the weights; it has no behaviour."""
 
