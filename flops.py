@@ -77,7 +77,9 @@ class Shape:
         numbers = [*single, *sum(convolutions + layers, ())]
         if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all((*single, *sum(convolutions, ()))):
             raise ValueError("a number of its shape is not a whole number in range")
-        if not shape.channels or len(set(map(len, convolutions))) > 1 or len(set(map(len, layers))) > 1 or shape.width % shape.position_groups:
+        equally_many = len(set(map(len, convolutions))) == len(set(map(len, layers))) == 1
+        skips = any(kernel < stride for kernel, stride in zip(shape.kernels, shape.strides))
+        if not shape.channels or not equally_many or skips or shape.width % shape.position_groups:
             raise ValueError("the numbers of its shape do not fit together")
         return shape
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flops import BASE, Shape
-from frontend import Frontend, Projection, keep_columns, keep_rows, valid
+from frontend import Frontend, Projection, keep_columns, keep_rows, linear, valid
 from gates import HardConcrete
 
 log = logging.getLogger("sslprune")
@@ -42,7 +42,8 @@ class Position(nn.Module):
 
     def forward(self, x):
         """(batch, frames, width) -> the same."""
-        weight = self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
+        norm = self.weight_v.square().sum((0, 1), keepdim=True).sqrt()
+        weight = self.weight_v * (self.weight_g / norm)
         y = F.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return F.gelu(y[..., : x.shape[1]]).transpose(1, 2)  # an even kernel makes one frame too many
 
@@ -63,23 +64,23 @@ class Attention(nn.Module):
             return self.output(x[..., :0])  # the bias
         batch, frames, _ = x.shape
         q, k, v = (
-            linear(x).view(batch, frames, self.heads, self.head_width).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
+            linear(x, layer.weight, layer.bias).view(batch, frames, self.heads, self.head_width).transpose(1, 2).contiguous()
+            for layer in (self.query, self.key, self.value)
+        )  # contiguous, since the fused attention takes no other
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(batch, frames, -1)
         weight = self.output.weight
         if self.gate is not None:
             weight = weight * self.gate().repeat_interleave(self.head_width)
-        return F.linear(y, weight, self.output.bias)
+        return linear(y, weight, self.output.bias)
 
     def slice(self):
         """Remove the shut heads, in place."""
         kept = self.gate.kept()
         features = (kept[:, None] * self.head_width + torch.arange(self.head_width, device=kept.device)).flatten()
-        for linear in (self.query, self.key, self.value):
-            keep_rows(linear, features)
-            linear.out_features = len(features)
+        for layer in (self.query, self.key, self.value):
+            keep_rows(layer, features)
+            layer.out_features = len(features)
         keep_columns(self.output, features, self.gate()[kept].repeat_interleave(self.head_width))
         self.output.in_features = len(features)
         self.heads, self.gate = len(kept), None
@@ -96,9 +97,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """(batch, frames, width) -> the same."""
-        y = self.dropout(F.gelu(self.input(x)))
+        y = self.dropout(F.gelu(linear(x, self.input.weight, self.input.bias)))
         weight = self.output.weight if self.gate is None else self.output.weight * self.gate()
-        return F.linear(y, weight, self.output.bias)
+        return linear(y, weight, self.output.bias)
 
     def slice(self):
         """Remove the shut units, in place."""

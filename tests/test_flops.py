@@ -61,7 +61,7 @@ def random_shape(rng, seed):
 def test_cost_equals_torchs_flop_counter_and_the_tensors_on_sixty_shapes():
     for seed in range(60):
         rng = random.Random(seed)
-        shape, samples = random_shape(rng, seed), rng.randint(400, 9_000)
+        shape, samples = random_shape(rng, seed), rng.randint(400, 9_000) * (6 if seed % 8 == 0 else 1)  # a long one is computed in pieces
         model = Wav2Vec2(shape).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(torch.randn(1, samples))

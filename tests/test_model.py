@@ -57,12 +57,25 @@ def test_the_first_convolution_is_convolution_and_group_norm():
         expected = F.group_norm(
             F.conv1d(waveforms[:, None].double(), layer.weight.double(), stride=5), 6, layer.norm_weight.double(), layer.norm_bias.double()
         )
-        found = layer(waveforms)
+        patches, kernel, shift = layer(waveforms)
+        found = kernel @ patches + shift
         assert (found - expected).abs().max() < 2e-3  # float32 convolution of the third, whose outputs nearly cancel
         assert (found - expected)[:2].abs().max() < 1e-4
         direction = torch.randn(found.shape)
         gradients = [torch.autograd.grad((y * direction)[:2].sum(), weight)[0] for y in (found, expected)]
         assert torch.allclose(gradients[0], gradients[1].float(), rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item()), name
+
+
+def test_the_frontend_computes_the_same_in_pieces_as_in_one():
+    model = tiny(("channels",), spread=2.0)
+    for samples in (33_000, 40_001, 77_777):
+        waveforms, lengths = torch.randn(2, samples), torch.tensor([samples, samples // 3])
+        patches = model.frontend.convolutions[0](waveforms)[0]
+        assert model.frontend.pieces(patches) == 1
+        whole = model(waveforms, lengths)[0]
+        with torch.no_grad():
+            assert model.frontend.pieces(patches) > 1
+            assert (model(waveforms, lengths)[0] - whole).abs().max() < 1e-5
 
 
 def reference_forward(model, waveforms):
