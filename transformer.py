@@ -416,7 +416,8 @@ def unpack(contents, path):
 def build(make, shape, weights, path):
     """make(shape), a module, with these weights, in evaluation mode. Every tensor must be there and of the right size."""
     try:
-        with torch.device("meta"):  # no memory, no time: every tensor is assigned below
+        # On "meta": no memory, no time, as every tensor is assigned below. torch warns of layers without units.
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             model = make(shape)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path}: no model has the shape {shape} ({error})") from error

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import TINY, tiny
 
-from flops import BASE, cost
+from flops import BASE, SMALL, cost
 from gates import KINDS, METHODS, SAMPLES, BudgetError, HardConcrete, Lagrangian, check_budget, harden
+from transformer import Wav2Vec2
 
 CONSTRAINED = {  # stated again, from the design: what each method keeps within its budget
     "mac": [lambda c: c.macs],
@@ -103,7 +104,7 @@ def test_hardening_keeps_the_best_units_that_the_budget_allows(method, budget):
     for seed in range(4):
         model = tiny(KINDS[method], seed)
         scores = {place: gate.log_alpha.detach().clone() for place, gate in model.gates.items()}
-        harden(model.gates, TINY, method, budget)
+        harden(model.gates, TINY, method, budget, align=1)
         kept, dense = model.shape, cost(TINY, SAMPLES)
         limits = [budget * measure(dense) for measure in CONSTRAINED[method]]
 
@@ -130,8 +131,26 @@ def test_hardening_has_one_threshold_over_all_layers():
             gate.log_alpha.copy_(torch.randn_like(gate.log_alpha) * 0.1 + [0.0, -3.0, 3.0][layer])
     whole = cost(TINY, SAMPLES).macs
     units_16 = whole - cost(TINY.with_counts({("units", 0): 4}), SAMPLES).macs
-    harden(model.gates, TINY, "transformer", (whole - units_16) / whole)
+    harden(model.gates, TINY, "transformer", (whole - units_16) / whole, align=1)
     assert model.shape.units == (16, 0, 16)
+
+
+@pytest.mark.parametrize("shape", [BASE, SMALL])
+@pytest.mark.parametrize("method", METHODS)
+def test_hardening_keeps_whole_groups_and_still_meets_the_budget(method, shape):
+    torch.manual_seed(0)
+    model = Wav2Vec2(shape).eval()
+    model.add_gates(KINDS[method])
+    for gate in model.gates.values():
+        torch.nn.init.normal_(gate.log_alpha, mean=torch.randn(()).item(), std=2)
+    for budget in (0.7, 0.5):
+        harden(model.gates, shape, method, budget)
+        kept, dense = cost(model.shape, SAMPLES), cost(shape, SAMPLES)
+        for measure in CONSTRAINED[method]:
+            assert budget - 0.002 < measure(kept) / measure(dense) <= budget
+        ragged = [count for kind in ("channels", "units") for count in getattr(model.shape, kind) if count % 16]
+        # A group of 16 is a larger share of a budget of parameters; then single units fill one layer for each constraint.
+        assert len(ragged) <= (0 if "MACs" in METHODS[method][0].name else len(METHODS[method]))
 
 
 def test_a_method_gates_what_it_says():
