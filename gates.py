@@ -206,20 +206,13 @@ def _counts_that_fit(gates, share, budget, align):
             groups.append((group[len(group) // 2], place, start + len(group)))
     groups.sort(key=lambda group: -group[0])
 
-    def first(n):
-        return {place: int(place[0] == "channels") for place in gates} | {place: count for _, place, count in groups[:n]}
-
     def fits(counts):
         return share(counts) <= budget
 
-    if not fits(first(0)):
+    counts = {place: int(place[0] == "channels") for place in gates}
+    if not fits(counts):
         return None
-    low, high = 0, len(groups)
-    while low < high:  # the threshold: the largest n such that the first n fit
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(first(middle)) else (low, middle - 1)
-    counts = first(low)
-    for _, place, count in groups[low:]:
+    for _, place, count in groups:
         if fits(counts | {place: count}):
             counts[place] = count
     if budget - share(counts) > TOLERANCE:

@@ -12,6 +12,7 @@ model is sliced. Then the small model trains on. --budget 1.0 trains as long, an
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -64,13 +65,15 @@ class SpeechModel(nn.Module):
         super().__init__()
         self.encoder, self.task, self.labels = encoder, task, list(labels)
         self.head = nn.Linear(encoder.full_shape.width, len(labels))
+        self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
 
     def forward(self, waveforms, lengths=None):
         """waveforms and lengths as for the encoder -> scores (batch, frames, labels) and frames (batch,); slu: (batch, labels)."""
-        features, frames = self.encoder(waveforms, lengths)
-        if self.task == "slu":
-            features = features.sum(1) / frames[:, None]  # features are 0 beyond the valid frames
-        return self.head(features), frames
+        with precision(self.dtype, waveforms.device):
+            features, frames = self.encoder(waveforms, lengths)
+            if self.task == "slu":
+                features = features.sum(1) / frames[:, None]  # features are 0 beyond the valid frames
+            return self.head(features), frames
 
     def loss(self, waveforms, lengths, utterances):
         """Mean over the batch of the CTC loss per character (asr) or of the cross entropy (slu)."""
@@ -113,6 +116,11 @@ class SpeechModel(nn.Module):
         write(path, buffer.getbuffer())
 
 
+def precision(dtype, device):
+    """A context in which convolutions and products compute in `dtype` (bfloat16), or as they are (float32)."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
 def load(path):
     """The SpeechModel in a model.pt of ours, in evaluation mode. Raises CheckpointError where the file holds none."""
     path, _ = find_checkpoint(path)
@@ -137,6 +145,7 @@ def write(path, contents):
 
 # --- Evaluation --------------------------------------------------------------------------------------------------------
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TASKS = {"asr": "word_error_rate", "slu": "intent_accuracy"}  # and the name of its metric
 
 
@@ -184,11 +193,11 @@ def evaluate(model, corpus, split, batch_seconds):
     return {name: sum(values) / len(values) for name, values in right.items()}
 
 
-def forward_seconds(models, device, repeats=5):
+def forward_seconds(models, device, dtype, repeats=5):
     """Median seconds of each encoder's forward on 10 s of audio, measured in turn so that a noisy machine is equally so to all."""
     waveform = torch.randn(1, SAMPLES, generator=torch.Generator().manual_seed(0)).to(device)
     seconds = [[] for _ in models]
-    with torch.no_grad():
+    with torch.no_grad(), precision(dtype, device):
         for repeat in range(repeats + 1):
             for model, taken in zip(models, seconds):
                 start = time.perf_counter()
@@ -342,7 +351,7 @@ def run(options):
     elif trained is not None:
         log.info("%s: was trained for other labels; its head starts anew", options.checkpoint)
         trained = None
-    model.to(device)
+    model.to(device).dtype = DTYPES[options.dtype]
     make_out(out, shape)
     log_file = logging.FileHandler(out / "log.txt", encoding="utf-8")
     log.addHandler(log_file)
@@ -395,7 +404,7 @@ def run_phases(options, out, start, model, corpus, trained, device):
     metrics = {split: evaluate(model, corpus, split, options.batch_seconds) for split in ("dev", "test")}
     name = TASKS[options.task]
     report = {
-        **{key: getattr(options, key) for key in ("task", "method", "budget", "align", "seed", "data", "checkpoint")},
+        **{key: getattr(options, key) for key in ("task", "method", "budget", "align", "dtype", "seed", "data", "checkpoint")},
         "achieved": achieved(shape, model.encoder.shape, options.method),
         "expected": expected.tolist(),  # the kept fraction of each constrained cost when the pruning phase ended
         "metric": {"name": name, "dev": metrics["dev"][name], "test": metrics["test"][name]},
@@ -405,7 +414,7 @@ def run_phases(options, out, start, model, corpus, trained, device):
         "updates": {phase: getattr(options, f"{phase}_updates") for phase in PHASES},
         "train_seconds": round(time.monotonic() - start, 1),
     }
-    seconds = forward_seconds([dense_encoder, model.encoder], device)
+    seconds = forward_seconds([dense_encoder, model.encoder], device, model.dtype)
     for key, encoder, taken in zip(("dense", "pruned"), (dense_encoder, model.encoder), seconds):
         c = cost(encoder.shape, SAMPLES)
         report[key] = {"macs": c.macs, "params": c.params, "frontend_macs": c.frontend.macs, "frontend_params": c.frontend.params,
@@ -527,6 +536,7 @@ def parse(arguments):
     how.add_argument("--out", help="folder of the run (default runs/TASK-METHOD-BUDGET)")
     how.add_argument("--seed", type=count, default=0)
     how.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    how.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32 (default %(default)s)")
     how.add_argument("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
     recipe = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)")
     kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share}
@@ -542,10 +552,17 @@ def parse(arguments):
     return options
 
 
+def load_to_use(path, options):
+    """A model.pt on the device and in the precision that the options name."""
+    model = load(path).to(usable_device(options.device))
+    model.dtype = DTYPES[options.dtype]
+    return model
+
+
 def predict(options):
     """Print a line for each recording; one that cannot be read does not keep the others from being recognised."""
     path, *files = options.predict
-    model = load(path).to(usable_device(options.device))
+    model = load_to_use(path, options)
     failed = []
     for file in files:
         try:
@@ -559,7 +576,7 @@ def predict(options):
 
 def run_evaluation(options):
     """Print the metrics of a model on the dev and test splits of a corpus."""
-    model = load(options.evaluate).to(usable_device(options.device))
+    model = load_to_use(options.evaluate, options)
     if options.task not in (None, model.task):
         raise DataError(f"{options.evaluate}: was trained for {model.task}, not for {options.task}")
     subsets = {split: getattr(options, split) for split in ("dev", "test")}

@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parent))
 from flops import BASE
 from transformer import Wav2Vec2
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other, for minutes where others use the machine
 
 TINY = replace(BASE, channels=(8, 12, 10, 8, 6, 9, 7), width=32, head_width=4, heads=(3, 2, 4), units=(20, 12, 16), position_kernel=16, position_groups=4)
 

@@ -149,6 +149,7 @@ def test_hardening_keeps_whole_groups_and_still_meets_the_budget(method, shape):
         for measure in CONSTRAINED[method]:
             assert budget - 0.002 < measure(kept) / measure(dense) <= budget
         ragged = [count for kind in ("channels", "units") for count in getattr(model.shape, kind) if count % 16]
+        assert any(0 < heads < full for heads, full in zip(model.shape.heads, shape.heads))  # heads go one by one
         # A group of 16 is a larger share of a budget of parameters; then single units fill one layer for each constraint.
         assert len(ragged) <= (0 if "MACs" in METHODS[method][0].name else len(METHODS[method]))
 

@@ -115,6 +115,25 @@ def test_the_same_command_gives_the_same_model_and_another_seed_another(small, c
     assert a != c
 
 
+def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights_in_float32(small, capsys, tmp_path):
+    arguments = ["--task", "asr", "--budget", "0.7", "--dtype", "bfloat16", "--out", tmp_path / "run", *FAST]
+    assert run(capsys, *arguments)[0] == 0
+    assert report_of(tmp_path / "run")["dtype"] == "bfloat16"
+    model = sslprune.load(tmp_path / "run" / "model.pt")
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    waveforms, lengths = torch.randn(2, 20_000), torch.tensor([20_000, 9_000])
+    with torch.no_grad():
+        exact, _ = model(waveforms, lengths)
+        model.dtype = torch.bfloat16
+        rounded, _ = model(waveforms, lengths)
+        assert rounded.dtype == torch.bfloat16
+        assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+        assert (rounded[:1] - model(waveforms[:1])[0]).abs().max() < 0.05 * exact.abs().max()
+    soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).normal(0, 0.1, 9_000), 16_000)
+    assert run(capsys, "--predict", tmp_path / "run" / "model.pt", tmp_path / "x.wav", "--dtype", "bfloat16")[0] == 0
+    assert run(capsys, "--evaluate", tmp_path / "run" / "model.pt", "--dtype", "bfloat16")[0] == 0
+
+
 def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
     status, printed, _ = run(capsys, "--task", "slu", "--budget", "1.0", "--out", tmp_path / "run", *FAST)
     report = report_of(tmp_path / "run")
