@@ -156,7 +156,7 @@ def usable(utterances, corpus, model, training=False):
         samples = round(u.seconds * SAMPLE_RATE)
         frames = model.encoder.full_shape.frames(samples)[-1]
         needed = data.frames_needed(u.text) if training and model.task == "asr" else 1
-        if frames >= max(needed, 1):
+        if frames >= needed:
             kept.append(u)
         else:
             corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {max(frames, 0)} frames; {needed} are needed")

@@ -134,6 +134,26 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights_in_float32(small, c
     assert run(capsys, "--evaluate", tmp_path / "run" / "model.pt", "--dtype", "bfloat16")[0] == 0
 
 
+def test_each_phase_trains(small, capsys, tmp_path):
+    run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "first", *FAST)
+    heads = []
+    for prune, finetune in ((0, 0), (2, 0), (0, 2), (2, 2)):
+        out, updates = tmp_path / f"{prune}-{finetune}", ["--prune-updates", prune, "--finetune-updates", finetune]
+        assert run(capsys, "--task", "slu", "--budget", "0.9", "--checkpoint", tmp_path / "first" / "dense.pt", "--out", out, *updates)[0] == 0
+        heads.append(sslprune.load(out / "model.pt").head.weight)
+    assert torch.equal(heads[0], sslprune.load(tmp_path / "first" / "dense.pt").head.weight)
+    assert not any(torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i])
+
+
+def test_ctc_from_scratch_begins_with_the_shortest_utterances(small, capsys, monkeypatch, tmp_path):
+    seen, load_batches = [], sslprune.load_batches
+    monkeypatch.setattr(sslprune, "load_batches", lambda model, batches: seen.append([b[0].seconds for b in batches]) or load_batches(model, batches))
+    run(capsys, "--task", "asr", "--budget", "1", "--out", tmp_path / "run", "--batch-seconds", "5", *FAST)
+    first, *_, later = [longest for longest in seen if len(longest) > 4]
+    assert first == sorted(first)
+    assert later != sorted(later)
+
+
 def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
     status, printed, _ = run(capsys, "--task", "slu", "--budget", "1.0", "--out", tmp_path / "run", *FAST)
     report = report_of(tmp_path / "run")
