@@ -27,10 +27,11 @@ from flops import SAMPLE_RATE, SECONDS, cost
 
 SAMPLES = SECONDS * SAMPLE_RATE  # the utterance on which MACs are constrained
 TOLERANCE = 0.002  # of the dense cost, that hardening may leave unused for the sake of whole groups
-# The counts of channels and units that are kept are multiples of this: a vector register of AVX-512 holds 16 numbers in float32.
-# Measured with two threads, a convolution of kernel 3 and stride 2 from C to C channels, GMAC/s: C = 80 145, 76 101, 72 91,
-# 65 75, 64 124; 362 146, 352 201, 345 174, 336 205. So 65 channels take longer than 80. (tests/bench.py measures it anew.)
-ALIGN = 16
+# The groups in which units are kept (half of it, and so on, where a layer's size is no multiple). A vector register of AVX-512
+# holds 16 numbers in float32, and a convolution also works on two of them at a time. Measured with two threads, kernel 3 and
+# stride 2 from C to C channels, GMAC/s: C = 65 75, 72 91, 76 101, 80 145, so 65 channels take longer than 80; and
+# 272 160, 288 204, 304 161, 320 212, 345 177, 352 201, 362 148, 368 160, 384 211. A head is 32 or 64 features.
+ALIGN = {"channels": 32, "heads": 1, "units": 16}
 
 
 class BudgetError(ValueError):
@@ -170,13 +171,13 @@ class Lagrangian(nn.Module):
 
 
 @torch.no_grad()
-def harden(gates, shape, method, budget, align=ALIGN):
+def harden(gates, shape, method, budget, ragged=False):
     """Shut gates for good, so that the actual cost is at most `budget` of the dense, and as close under it as units allow.
 
-    Units are kept in groups of `align` of a layer (heads one by one), the most probably open ones first, under one global
-    threshold over all layers; a group below it is kept after all where it still fits. Where that leaves more than TOLERANCE
-    unused, because groups are coarse for so small a model or constraint, single units of the last layers fill it. Each
-    convolution keeps a channel. Raises BudgetError where even the smallest model costs more.
+    Units are kept in groups of ALIGN (`ragged`: one by one), the most probably open ones first, under one global threshold over
+    all layers; a group below it is kept after all where it still fits. Where that leaves more than TOLERANCE unused, because
+    groups are coarse for so small a model or constraint, single units of the last layers fill it. Each convolution keeps a
+    channel. Raises BudgetError where even the smallest model costs more.
     """
     dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
@@ -185,7 +186,7 @@ def harden(gates, shape, method, budget, align=ALIGN):
         def share(counts, measure=constraint.measure):
             return measure(cost(shape.with_counts(kept | counts), SAMPLES)) / measure(dense)
 
-        counts = _counts_that_fit(governed, share, budget, align)
+        counts = _counts_that_fit(governed, share, budget, ragged)
         if counts is None:
             raise BudgetError(f"budget {budget:g} is out of reach for the {constraint.name}; give a larger --budget")
         kept |= counts
@@ -193,14 +194,14 @@ def harden(gates, shape, method, budget, align=ALIGN):
             gate.harden(counts[place])
 
 
-def _counts_that_fit(gates, share, budget, align):
+def _counts_that_fit(gates, share, budget, ragged):
     """How many units to keep in each place, {place: count}; None where not even the fewest possible fit. share: counts -> cost."""
     sizes = {place: gate.log_alpha.numel() for place, gate in gates.items()}
     groups = []  # (score, place, the place's count once the group is kept); a group is as good as its middle unit
     for place, gate in gates.items():
         # By log alpha: it orders units as the open probability does, and does not round to equal values near 0 and 1.
         scores = gate.log_alpha.sort(descending=True).values.tolist()
-        step = 1 if place[0] == "heads" else align
+        step = 1 if ragged else math.gcd(ALIGN[place[0]], len(scores))
         for start in range(0, len(scores), step):
             group = scores[start : start + step]
             groups.append((group[len(group) // 2], place, start + len(group)))

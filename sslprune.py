@@ -388,7 +388,7 @@ def run_phases(options, out, start, model, corpus, trained, device):
         lagrangian = Lagrangian(shape, options.method, options.budget).to(device)
         train("prune", model, corpus, options, lagrangian)
         expected = 1 - lagrangian.sparsity(model.encoder.gates)
-        gates.harden(model.encoder.gates, shape, options.method, options.budget, options.align)
+        gates.harden(model.encoder.gates, shape, options.method, options.budget, options.ragged)
         model.encoder = model.encoder.slice()
         log.info("hardened and sliced: %s", describe(model.encoder.shape))
     else:
@@ -404,7 +404,7 @@ def run_phases(options, out, start, model, corpus, trained, device):
     metrics = {split: evaluate(model, corpus, split, options.batch_seconds) for split in ("dev", "test")}
     name = TASKS[options.task]
     report = {
-        **{key: getattr(options, key) for key in ("task", "method", "budget", "align", "dtype", "seed", "data", "checkpoint")},
+        **{key: getattr(options, key) for key in ("task", "method", "budget", "ragged", "dtype", "seed", "data", "checkpoint")},
         "achieved": achieved(shape, model.encoder.shape, options.method),
         "expected": expected.tolist(),  # the kept fraction of each constrained cost when the pruning phase ended
         "metric": {"name": name, "dev": metrics["dev"][name], "test": metrics["test"][name]},
@@ -526,8 +526,7 @@ def parse(arguments):
     what.add_argument("--evaluate", metavar="MODEL", help="print the metrics of a model.pt on the dev and test splits of --data")
     how = parser.add_argument_group("how")
     how.add_argument("--method", choices=sorted(METHODS), default="mac", help="what the budget is of (default %(default)s)")
-    how.add_argument("--align", type=number(int, 1, 10**6, "a whole number from 1"), default=gates.ALIGN, metavar="N",
-                     help="keep channels and units in multiples of N, which are faster; 1 for any count (default %(default)s)")  # fmt: skip
+    how.add_argument("--ragged", action="store_true", help="keep any number of channels and units, not the multiples that run fast")
     how.add_argument("--data", default="demo", help="folder of LibriSpeech, SLURP or the Free Spoken Digit Dataset (default: demo)")
     for split in ("train", "dev", "test"):
         how.add_argument(f"--{split}", metavar="NAMES", help=f"subsets that are the {split} split, joined by commas (LibriSpeech, SLURP)")

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from flops import BASE, SAMPLE_RATE, cost
-from gates import ALIGN, KINDS, SAMPLES, Lagrangian, harden
+from gates import KINDS, SAMPLES, Lagrangian, harden
 from sslprune import precision
 from transformer import Wav2Vec2, load_pretrained
 
@@ -45,14 +45,14 @@ def models():
         return theirs, load_pretrained(folder)
 
 
-def pruned(budget, align=ALIGN):
-    """A model pruned to a share of the MACs, of units that are chosen at random."""
+def pruned(budget, ragged=False):
+    """A model pruned to a share of the MACs; the units are chosen at random over the whole model."""
     torch.manual_seed(1)
     model = Wav2Vec2(BASE).eval()
     model.add_gates(KINDS["mac"])
     for gate in model.gates.values():
-        torch.nn.init.normal_(gate.log_alpha, mean=torch.randn(()).item(), std=2)
-    harden(model.gates, BASE, "mac", budget, align)
+        torch.nn.init.normal_(gate.log_alpha, std=2)
+    harden(model.gates, BASE, "mac", budget, ragged)
     return model.slice()
 
 
@@ -139,7 +139,7 @@ def main():
 
     waveform = torch.randn(1, SAMPLES)
     for dtype in (torch.float32, torch.bfloat16):
-        sliced = {f"pruned to {budget}": pruned(budget) for budget in (0.75, 0.5, 0.25)} | {"pruned to 0.5, --align 1": pruned(0.5, 1)}
+        sliced = {f"pruned to {budget}": pruned(budget) for budget in (0.75, 0.5, 0.25)} | {"pruned to 0.5, --ragged": pruned(0.5, True)}
         functions = {name: forward(model, waveform, dtype) for name, model in ({"dense": ours} | sliced).items()}
         found = in_turn(functions, repeats)
         heading(f"forward, 10 s, {str(dtype).removeprefix('torch.')}", "dense")
