@@ -13,12 +13,34 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from flops import BASE
+from flops import BASE, cost
 from transformer import Wav2Vec2
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other, for minutes where others use the machine
 
 TINY = replace(BASE, channels=(8, 12, 10, 8, 6, 9, 7), width=32, head_width=4, heads=(3, 2, 4), units=(20, 12, 16), position_kernel=16, position_groups=4)
+
+
+CONSTRAINED = {  # stated again, from the design: what each method keeps within its budget
+    "mac": [lambda c: c.macs],
+    "size": [lambda c: c.params],
+    "sepsize": [lambda c: c.frontend.params, lambda c: c.projection.params + c.position.params + c.attention.params + c.ffn.params],
+    "transformer": [lambda c: c.macs],
+}
+
+
+def check_budget_is_kept(kept, dense, method, budget):
+    """Each cost that the method constrains is at most the budget, and within 0.2 % of it or so close that no further unit fits."""
+
+    def shares(shape):
+        return [measure(cost(shape, 160_000)) / measure(cost(dense, 160_000)) for measure in CONSTRAINED[method]]
+
+    assert max(shares(kept)) <= budget
+    if min(shares(kept)) > budget - 0.002:
+        return
+    for kind in ("heads", "units") if method == "transformer" else ("channels", "heads", "units"):
+        for layer, (count, full) in enumerate(zip(getattr(kept, kind), getattr(dense, kind))):
+            assert count == full or max(shares(kept.with_counts({(kind, layer): count + 1}))) > budget
 
 
 def tiny(kinds=(), seed=0, spread=3.0):

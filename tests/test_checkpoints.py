@@ -162,6 +162,8 @@ def test_files_of_something_else_are_refused(tmp_path):
     torch.save({"format": "sslprune", "shape": TINY.as_dict() | {"width": -1}, "weights": {}}, tmp_path / "negative.pt")
     torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}}, tmp_path / "weights.pt")
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "arguments.pt")
+    whole = {f"encoder.{key}": tensor for key, tensor in tiny().state_dict().items()}
+    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": whole | {"encoder.extra": torch.ones(1)}}, tmp_path / "surplus.pt")
     (tmp_path / "text.txt").write_text("{} is a set of braces\n")
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "folder").mkdir()
