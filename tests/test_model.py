@@ -167,6 +167,17 @@ def test_slicing_is_exact_at_every_place_alone_down_to_the_last_unit(place):
     assert getattr(sliced.shape, place[0])[place[1]] == (1 if place[0] == "channels" else 0)
 
 
+def test_padding_and_slicing_change_nothing_in_bfloat16_beyond_its_precision():
+    model = tiny(KINDS["mac"], spread=2.0)
+    sliced, waveforms, lengths = model.slice(), torch.randn(2, 8_000), torch.tensor([8_000, 5_000])
+    with torch.no_grad():
+        exact = model(waveforms, lengths)[0][1, :15]
+        with torch.autocast("cpu", torch.bfloat16):
+            gated, cut, alone = model(waveforms, lengths)[0], sliced(waveforms, lengths)[0], model(waveforms[1:, :5_000])[0]
+    for features in (gated[1, :15], cut[1, :15], alone[0]):
+        assert 0 < (features - exact).norm() / exact.norm() < 0.03
+
+
 def test_a_model_without_any_heads_and_units_still_runs_and_slices():
     model = tiny(("heads", "units"))
     for gate in model.gates.values():
