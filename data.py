@@ -18,7 +18,7 @@ import torch
 
 log = logging.getLogger("sslprune")
 
-SAMPLE_RATE = 16_000  # Hz
+SAMPLE_RATE = 16_000  # Hz; flops.py has it too, since neither imports the other
 JITTER = 0.1  # of the lengths by which batches are formed
 BAD_SHARE = 0.01  # of a corpus: with more bad utterances than this something is wrong with all of it
 
@@ -40,10 +40,10 @@ class Utterance:
 
 @dataclass
 class Corpus:
-    """What `open_corpus` returns. `train` is a function from the epoch's number to its utterances."""
+    """What `open_corpus` returns. `train` is a function from a seed (int) to the utterances of one epoch."""
 
     kind: str
-    train: Callable = lambda epoch: []
+    train: Callable = lambda epoch_seed: []
     dev: list = field(default_factory=list)
     test: list = field(default_factory=list)
     size: int = 0  # utterances, the skipped ones among them
@@ -235,10 +235,10 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
         raise DataError(f"{root}: there is no such folder; --data takes a corpus's folder, or demo")
     if (root / "recordings").is_dir():
         kind, read = "digits", read_digits
-    elif _slurp_annotations(root):
-        kind, read = "SLURP", read_slurp
     elif next(root.glob("*/*/*/*.trans.txt"), None):
         kind, read = "LibriSpeech", read_librispeech
+    elif _slurp_annotations(root):
+        kind, read = "SLURP", read_slurp
     else:
         raise DataError(
             f"{root}: is no known corpus; LibriSpeech has SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl,"
@@ -248,12 +248,12 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
         raise DataError(f"{root}: LibriSpeech has no intents; use --task asr, or SLURP for --task slu")
     if kind == "digits" and subsets:
         raise DataError(f"{root}: the digits corpus is split by take; it has no subsets to choose from")
-    corpus, found = Corpus(kind, skip_bad=skip_bad), {}
+    corpus, found, said = Corpus(kind, skip_bad=skip_bad), {}, set()
     for split in splits:
         found[split] = []
         for utterance in read(root, split, SUBSETS.get(kind, {}) | subsets, corpus.skip):
             try:
-                found[split].append(_checked(utterance, task))
+                found[split].append(_checked(utterance, task, said))
             except DataError as error:
                 corpus.skip(str(error))
         if not found[split]:
@@ -264,19 +264,16 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
     if kind == "digits" and task == "asr":
         rngs = {split: [seed, number] for number, split in enumerate(("train", "dev", "test"))}
         composed = {split: digit_strings(found[split], np.random.default_rng(rngs[split])) for split in found if split != "train"}
-        corpus.train = lambda epoch: digit_strings(found["train"], np.random.default_rng([*rngs["train"], epoch]))
+        corpus.train = lambda epoch_seed: digit_strings(found["train"], np.random.default_rng([*rngs["train"], epoch_seed]))
     else:
         composed = found
-        corpus.train = lambda epoch: found["train"]
+        corpus.train = lambda epoch_seed: found["train"]
     corpus.dev, corpus.test = composed.get("dev", []), composed.get("test", [])
     return corpus
 
 
-_said = set()
-
-
-def _checked(utterance, task):
-    """The utterance with its length from the header of its file, and its transcript normalised. Raises DataError."""
+def _checked(utterance, task, said):
+    """The utterance with its length from the header of its file, and its transcript normalised. said: a set, of what is logged once. Raises DataError."""
     (path,) = utterance.sources
     try:
         info = soundfile.info(path)
@@ -286,8 +283,8 @@ def _checked(utterance, task):
         raise DataError(f"{path}: is empty")
     change = [f"{info.samplerate} Hz, resampled to {SAMPLE_RATE}"] * (info.samplerate != SAMPLE_RATE)
     change += [f"{info.channels} channels, mixed down"] * (info.channels > 1)
-    if change and tuple(change) not in _said:
-        _said.add(tuple(change))
+    if change and tuple(change) not in said:
+        said.add(tuple(change))
         log.info("%s: %s (said once for all such files)", path, "; ".join(change))
     text = normalise(utterance.text)
     if task == "asr" and not text:
@@ -301,7 +298,7 @@ def read_librispeech(root, split, subsets, skip):
         if not (root / subset).is_dir():
             raise DataError(f"{root / subset}: there is no such folder; name the {split} subsets with --{split}")
         for transcripts in sorted((root / subset).glob("*/*/*.trans.txt")):
-            for number, line in enumerate(_lines(transcripts), 1):
+            for number, line in _lines(transcripts):
                 name, _, text = line.partition(" ")
                 if re.fullmatch(r"[\w-]+", name):
                     yield Utterance(name, (transcripts.parent / f"{name}.flac",), 0.0, text)
@@ -327,7 +324,7 @@ def read_slurp(root, split, subsets, skip):
         path = annotations / f"{subset}.jsonl"
         if not path.is_file():
             raise DataError(f"{path}: there is no such file; name the {split} annotations with --{split}")
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in _lines(path):
             try:
                 entry = json.loads(line)
                 scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
@@ -374,11 +371,12 @@ def digit_strings(recordings, rng):
 
 
 def _lines(path):
-    """The lines of a UTF-8 text file that are not blank."""
+    """(number, line) of each line of a UTF-8 text file that is not blank. Nothing but a newline ends a line."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 # --- The demo corpus: a source-filter synthesiser -------------------------------------------------------------------------
@@ -479,4 +477,4 @@ def demo_corpus(task, seed):
             samples = synthesise(words, rng)
             name = f"demo-{split}-{i:04}"
             splits[split].append(Utterance(name, (samples,), len(samples) / SAMPLE_RATE, normalise(" ".join(words)), intent))
-    return Corpus("demo", lambda epoch: splits["train"], splits["dev"], splits["test"], sum(DEMO_SIZES.values()))
+    return Corpus("demo", lambda epoch_seed: splits["train"], splits["dev"], splits["test"], sum(DEMO_SIZES.values()))

@@ -9,6 +9,8 @@ it: the same function, without a second pass over a large activation. Slicing do
 is the last convolution, which a LayerNorm reads; see `Projection`.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -142,15 +144,17 @@ class Frontend(nn.Module):
             outputs.append(x)
         return torch.cat(outputs, dim=2).transpose(1, 2), gates[-1]
 
-    @staticmethod
-    def pieces(patches):
+    def pieces(self, patches):
         """How many pieces the frames are computed in, one after the other: the same sums, but in the processor's cache.
 
         Measured on wav2vec2-base, 10 s: the frontend takes two thirds of the time, and the memory of one piece. While training
-        all activations are kept for the backward pass, so there is nothing to gain.
+        all activations are kept for the backward pass, so there is nothing to gain; nor is there on a GPU.
         """
+        if torch.is_grad_enabled() or patches.device.type != "cpu":
+            return 1
         batch, _, frames = patches.shape
-        return 1 if torch.is_grad_enabled() else max(1, frames // max(PIECE // batch, 1_000))
+        stride = math.prod(convolution.stride for convolution in self.convolutions[1:])
+        return max(1, frames // max(PIECE // batch, 16 * stride))  # each piece is to make a frame in every layer
 
     def add_gates(self):
         self.gates = nn.ModuleList(HardConcrete(len(convolution.weight)) for convolution in self.convolutions)

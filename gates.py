@@ -27,7 +27,7 @@ from flops import SAMPLE_RATE, SECONDS, cost
 
 SAMPLES = SECONDS * SAMPLE_RATE  # the utterance on which MACs are constrained
 TOLERANCE = 0.002  # of the dense cost, that hardening may leave unused for the sake of whole groups
-# The groups in which units are kept (half of it, and so on, where a layer's size is no multiple). A vector register of AVX-512
+# The groups in which units are kept (half of it where a layer's size is no multiple). A vector register of AVX-512
 # holds 16 numbers in float32, and a convolution also works on two of them at a time. Measured with two threads, kernel 3 and
 # stride 2 from C to C channels, GMAC/s: C = 65 75, 72 91, 76 101, 80 145, so 65 channels take longer than 80; and
 # 272 160, 288 204, 304 161, 320 212, 345 177, 352 201, 362 148, 368 160, 384 211. A head is 32 or 64 features.
@@ -57,18 +57,18 @@ class HardConcrete(nn.Module):
 
     def forward(self):
         """z: (units,), differentiable in log_alpha. One sample serves the whole batch."""
-        if self.training:
-            noise = torch.logit(torch.rand_like(self.log_alpha), eps=1e-6)
-            s = torch.sigmoid((noise + self.log_alpha) / self.beta)
-        else:
-            s = torch.sigmoid(self.log_alpha)
-        return (s * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
+        if not self.training:
+            return self._stretched(self.log_alpha)
+        noise = torch.logit(torch.rand_like(self.log_alpha), eps=1e-6)
+        return self._stretched((noise + self.log_alpha) / self.beta)
+
+    def _stretched(self, logit):
+        return (torch.sigmoid(logit) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
 
     @torch.no_grad()
     def kept(self):
         """Indices of the units that are open at evaluation: (kept,) int64."""
-        s = torch.sigmoid(self.log_alpha)
-        return (s * (self.zeta - self.gamma) + self.gamma > 0).nonzero().flatten()
+        return self._stretched(self.log_alpha).nonzero().flatten()
 
     @torch.no_grad()
     def harden(self, count):
@@ -176,8 +176,8 @@ def harden(gates, shape, method, budget, ragged=False):
 
     Units are kept in groups of ALIGN (`ragged`: one by one), the most probably open ones first, under one global threshold over
     all layers; a group below it is kept after all where it still fits. Where that leaves more than TOLERANCE unused, because
-    groups are coarse for so small a model or constraint, single units of the last layers fill it. Each convolution keeps a
-    channel. Raises BudgetError where even the smallest model costs more.
+    groups are coarse for so small a model or constraint, single units of the last layers fill it, if need be in exchange for
+    some of another layer. Each convolution keeps a channel. Raises BudgetError where even the smallest model costs more.
     """
     dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
@@ -201,7 +201,8 @@ def _counts_that_fit(gates, share, budget, ragged):
     for place, gate in gates.items():
         # By log alpha: it orders units as the open probability does, and does not round to equal values near 0 and 1.
         scores = gate.log_alpha.sort(descending=True).values.tolist()
-        step = 1 if ragged else math.gcd(ALIGN[place[0]], len(scores))
+        align = 1 if ragged else ALIGN[place[0]]
+        step = align if len(scores) % align == 0 else max(1, align // 2)
         for start in range(0, len(scores), step):
             group = scores[start : start + step]
             groups.append((group[len(group) // 2], place, start + len(group)))
@@ -216,8 +217,20 @@ def _counts_that_fit(gates, share, budget, ragged):
     for _, place, count in groups:
         if fits(counts | {place: count}):
             counts[place] = count
-    if budget - share(counts) > TOLERANCE:
+    if budget - share(counts) <= TOLERANCE:
+        return counts
+
+    def filled(counts, spared=None):
+        """With more single units, in the last layers first, as long as they fit; none in the spared place."""
+        counts = dict(counts)
         for place in reversed(gates):
-            while counts[place] < sizes[place] and fits(counts | {place: counts[place] + 1}):
+            while place != spared and counts[place] < sizes[place] and fits(counts | {place: counts[place] + 1}):
                 counts[place] += 1
-    return counts
+        return counts
+
+    counts = filled(counts)
+    if budget - share(counts) <= TOLERANCE:
+        return counts
+    # Where only large units are left to add, a few that are kept make room for one.
+    exchanged = [filled(counts | {place: counts[place] - n}, place) for place in gates for n in range(1, 9) if counts[place] > n]
+    return filled(min([counts, *exchanged], key=lambda counts: budget - share(counts)))

@@ -17,6 +17,7 @@ import copy
 import io
 import json
 import logging
+import logging.handlers
 import math
 import os
 import shutil
@@ -125,10 +126,14 @@ def load(path):
     """The SpeechModel in a model.pt of ours, in evaluation mode. Raises CheckpointError where the file holds none."""
     path, _ = find_checkpoint(path)
     contents = read_checkpoint(path)
-    if contents.get("format") != "sslprune" or contents.get("task") not in TASKS or not contents.get("labels"):
+    if contents.get("format") != "sslprune":
         raise CheckpointError(f"{path}: is no model.pt that sslprune wrote; --predict and --evaluate take no other")
+    task, labels = contents.get("task"), contents.get("labels")
+    named = isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
+    if not (task == "slu" and named or task == "asr" and labels == data.VOCABULARY):
+        raise CheckpointError(f"{path}: its task or labels are none that sslprune writes")
     shape, weights = unpack(contents, path)
-    return build(lambda shape: SpeechModel(Wav2Vec2(shape), contents["task"], contents["labels"]), shape, weights, path)
+    return build(lambda shape: SpeechModel(Wav2Vec2(shape), task, labels), shape, weights, path)
 
 
 def write(path, contents):
@@ -234,7 +239,8 @@ def tri_stage(progress):
 
 
 def train(phase, model, corpus, options, lagrangian=None):
-    """One phase: `{phase}_updates` updates at `{phase}_lr`; with a Lagrangian, of gates and multipliers too."""
+    """One phase: `{phase}_updates` updates at `{phase}_lr`; with a Lagrangian, of gates and multipliers too. Returns its seconds."""
+    begin = time.monotonic()
     updates = getattr(options, f"{phase}_updates")
     encoder, device = model.encoder, model.head.weight.device
     log_alphas = [gate.log_alpha for gate in encoder.gates.values()]
@@ -257,7 +263,7 @@ def train(phase, model, corpus, options, lagrangian=None):
 
     step = epoch = 0
     while step < updates:
-        utterances = usable(corpus.train(epoch), corpus, model, training=True)
+        utterances = usable(corpus.train(int(rng.integers(2**31))), corpus, model, training=True)
         batches = data.batches(utterances, options.batch_seconds, rng)
         if phase == "dense" and epoch == 0 and model.task == "asr":
             # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
@@ -287,6 +293,7 @@ def train(phase, model, corpus, options, lagrangian=None):
         if step == started:
             raise DataError("no utterance of the training split could be read")
         epoch += 1
+    return time.monotonic() - begin
 
 
 def progress_of(what, total, last=True):
@@ -312,7 +319,7 @@ def progress_of(what, total, last=True):
 
 def prepare_model(options):
     """The encoder to prune, and the SpeechModel whose head is already trained for this task where the checkpoint has one, else None."""
-    if not options.checkpoint:
+    if options.checkpoint is None:
         return Wav2Vec2({"small": SMALL, "base": BASE}[options.model]), None
     path, _ = find_checkpoint(options.checkpoint)
     trained = read_checkpoint(path)
@@ -325,19 +332,37 @@ def prepare_model(options):
 def run(options):
     """The whole of a run, from the options to the report. Raises what the user can mend as an error of one line."""
     start = time.monotonic()
+    messages = logging.handlers.MemoryHandler(1)  # keeps what there is to say until there is a log.txt
+    log.addHandler(messages)
+    try:
+        out, model, corpus, trained = prepare(options)
+        messages.setTarget(logging.FileHandler(out / "log.txt", encoding="utf-8"))
+        return run_phases(options, out, start, model, corpus, trained)
+    finally:
+        log.removeHandler(messages)
+        messages.flush()
+        if messages.target:
+            messages.target.close()
+
+
+def prepare(options):
+    """Everything that can be wrong comes to light here, before anything is trained or written; then --out is made.
+
+    Returns the folder of the run, the model, the corpus, and whether the model's head is trained already.
+    """
     out = Path(options.out or f"runs/{options.task}-{options.method}-{options.budget:g}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
+        raise DataError(f"{out}: a file stands where --out needs a folder; give another --out")
+    if out.is_dir() and any(out.iterdir()):
         raise DataError(f"{out}: holds another run; give another --out, or remove it")
     device = usable_device(options.device)
     torch.manual_seed(options.seed)
-
-    # Everything that can be wrong comes to light before anything is trained or written.
     encoder, trained = prepare_model(options)
     shape = encoder.full_shape
     if options.budget < 1:
         gates.check_budget(shape, options.method, options.budget)
     recipe = dict(RECIPES["small" if shape.width < BASE.width else "base"])
-    if options.checkpoint:
+    if options.checkpoint is not None:
         recipe["dense_updates"] = 0
     for name, value in recipe.items():
         if getattr(options, name) is None:
@@ -353,19 +378,14 @@ def run(options):
         trained = None
     model.to(device).dtype = DTYPES[options.dtype]
     make_out(out, shape)
-    log_file = logging.FileHandler(out / "log.txt", encoding="utf-8")
-    log.addHandler(log_file)
-    try:
-        return run_phases(options, out, start, model, corpus, trained is not None, device)
-    finally:
-        log.removeHandler(log_file)
-        log_file.close()
+    return out, model, corpus, trained is not None
 
 
-def run_phases(options, out, start, model, corpus, trained, device):
+def run_phases(options, out, start, model, corpus, trained):
     """Train, prune, fine-tune, evaluate, save and report."""
-    shape = model.encoder.full_shape
+    shape, device = model.encoder.full_shape, model.head.weight.device
     log.info("%s  seed %d  %s  %s", device, options.seed, options.data, describe(shape))
+    train_seconds = 0.0
     phases = [phase for phase in PHASES if getattr(options, f"{phase}_updates")]
 
     def announce(phase, what=None):
@@ -373,7 +393,7 @@ def run_phases(options, out, start, model, corpus, trained, device):
 
     if "dense" in phases:
         announce("dense")
-        train("dense", model, corpus, options)
+        train_seconds += train("dense", model, corpus, options)
         model.save(out / "dense.pt")
         trained = True
     dense_metrics = {split: evaluate(model, corpus, split, options.batch_seconds) for split in ("dev", "test")} if trained else None
@@ -386,7 +406,7 @@ def run_phases(options, out, start, model, corpus, trained, device):
             announce("prune")
         model.encoder.add_gates(gates.KINDS[options.method])
         lagrangian = Lagrangian(shape, options.method, options.budget).to(device)
-        train("prune", model, corpus, options, lagrangian)
+        train_seconds += train("prune", model, corpus, options, lagrangian)
         expected = 1 - lagrangian.sparsity(model.encoder.gates)
         gates.harden(model.encoder.gates, shape, options.method, options.budget, options.ragged)
         model.encoder = model.encoder.slice()
@@ -394,41 +414,49 @@ def run_phases(options, out, start, model, corpus, trained, device):
     else:
         if "prune" in phases:
             announce("prune", "train the dense model as long as a pruning phase takes, without gates")
-        train("prune", model, corpus, options)
+        train_seconds += train("prune", model, corpus, options)
         expected = torch.ones(len(METHODS[options.method]))
     if "finetune" in phases:
         announce("finetune", None if options.budget < 1 else "train the dense model on")
-    train("finetune", model, corpus, options)
+    train_seconds += train("finetune", model, corpus, options)
     model.save(out / "model.pt")  # before all that remains, so that nothing can lose it
 
     metrics = {split: evaluate(model, corpus, split, options.batch_seconds) for split in ("dev", "test")}
-    name = TASKS[options.task]
+    report = make_report(options, dense_encoder, model, expected, {"dense": dense_metrics, "pruned": metrics}, corpus, train_seconds)
+    write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    log.info("\n%s\n\n%s\n", picture(report), table(report))
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    log.info("%s: model.pt, report.json, log.txt%s  (%d:%02d)", out, ", dense.pt" if "dense" in phases else "", minutes, seconds)
+
+
+def make_report(options, dense_encoder, model, expected, metrics, corpus, train_seconds):
+    """What goes into report.json."""
+    kept = [achieved(dense_encoder.shape, model.encoder.shape, [constraint]) for constraint in METHODS[options.method]]
     report = {
         **{key: getattr(options, key) for key in ("task", "method", "budget", "ragged", "dtype", "seed", "data", "checkpoint")},
-        "achieved": achieved(shape, model.encoder.shape, options.method),
-        "expected": expected.tolist(),  # the kept fraction of each constrained cost when the pruning phase ended
-        "metric": {"name": name, "dev": metrics["dev"][name], "test": metrics["test"][name]},
-        "metrics": {"dense": dense_metrics, "pruned": metrics},
+        "achieved": achieved(dense_encoder.shape, model.encoder.shape, METHODS[options.method]),
+        "kept": kept,  # of each constrained cost
+        "expected": expected.tolist(),  # the same in expectation, when the pruning phase ended
+        "metric": {"name": TASKS[options.task], **{split: values[TASKS[options.task]] for split, values in metrics["pruned"].items()}},
+        "metrics": metrics,
         "skipped": len(corpus.skipped),
         "skipped_reasons": list(corpus.skipped),
         "updates": {phase: getattr(options, f"{phase}_updates") for phase in PHASES},
-        "train_seconds": round(time.monotonic() - start, 1),
+        "train_seconds": round(train_seconds, 1),
     }
-    seconds = forward_seconds([dense_encoder, model.encoder], device, model.dtype)
-    for key, encoder, taken in zip(("dense", "pruned"), (dense_encoder, model.encoder), seconds):
+    encoders = {"dense": dense_encoder, "pruned": model.encoder}
+    seconds = forward_seconds(list(encoders.values()), model.head.weight.device, model.dtype)
+    for (key, encoder), taken in zip(encoders.items(), seconds):
         c = cost(encoder.shape, SAMPLES)
         report[key] = {"macs": c.macs, "params": c.params, "frontend_macs": c.frontend.macs, "frontend_params": c.frontend.params,
                        "seconds": taken, "shape": encoder.shape.as_dict()}  # fmt: skip
-    write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    log.info("\n%s\n\n%s\n", picture(report), table(report))
-    log.info("%s: model.pt, report.json, log.txt%s", out, ", dense.pt" if "dense" in phases else "")
     return report
 
 
-def achieved(dense, kept, method):
-    """The kept fraction of what the method constrains; of several constraints, of their sum."""
+def achieved(dense, kept, constraints):
+    """The kept fraction of what is constrained; of several constraints, of their sum."""
     costs = [cost(shape, SAMPLES) for shape in (kept, dense)]
-    kept, dense = (sum(constraint.measure(c) for constraint in METHODS[method]) for c in costs)
+    kept, dense = (sum(constraint.measure(c) for constraint in constraints) for c in costs)
     return kept / dense
 
 
@@ -490,9 +518,10 @@ def usable_device(name):
     """The torch.device of this name; of None, a GPU where there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DataError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]})") from error
+        torch.zeros(1, device=device, dtype=torch.float64).item()  # the counts and the first convolution's statistics need float64
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
+        why = str(error).splitlines()[0].split(". ")[0]
+        raise DataError(f"--device {name}: cannot be used here ({why})") from error
     return device
 
 
@@ -543,10 +572,19 @@ def parse(arguments):
         recipe.add_argument("--" + name.replace("_", "-"), type=kinds[name.rsplit("_", 1)[1]], metavar="N")
     options = parser.parse_args(arguments)
 
-    if options.predict:
-        if len(options.predict) < 2:
-            parser.error("--predict takes a model.pt and at least one recording")
-    elif not options.evaluate and (options.task is None or options.budget is None):
+    if any(value == "" for value in vars(options).values()):
+        parser.error("a flag has an empty value; leave the flag out, or give it one")
+    instead = next((name for name in ("predict", "evaluate") if getattr(options, name) is not None), None)
+    if instead:
+        used = {"device", "dtype", instead}
+        if instead == "evaluate":
+            used |= {"task", "data", "dev", "test", "seed", "skip_bad", "batch_seconds"}
+        for name, value in vars(options).items():
+            if name not in used and value != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} has no meaning with --{instead}; leave it out")
+    if options.predict and len(options.predict) < 2:
+        parser.error("--predict takes a model.pt and at least one recording")
+    if not instead and (options.task is None or options.budget is None):
         parser.error("give --task and --budget, as in --task asr --budget 0.5, or --predict or --evaluate; see --help")
     return options
 
@@ -605,7 +643,9 @@ def main(arguments=None):
         return 0
     except (DataError, CheckpointError, BudgetError, OSError) as error:
         return refuse(error)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # torch has a class of its own only for a GPU's memory
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
         return refuse(f"out of memory; give a smaller --batch-seconds ({error})")
     except KeyboardInterrupt:
         refuse("interrupted")

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.gate = None
 
     def forward(self, x, mask=None):
-        """x: (batch, frames, width); mask: (batch, 1, 1, frames) bool, true where a key is valid; None where all are."""
+        """x: (batch, frames, width); mask: (batch, 1, 1, frames) bool, true where a key is valid; None where all are. Returns as x."""
         if self.heads == 0:
             return self.output(x[..., :0])  # the bias
         batch, frames, _ = x.shape
@@ -122,6 +122,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask=None):
+        """x and mask as for Attention -> (batch, frames, width)."""
         x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
@@ -153,8 +154,10 @@ class Wav2Vec2(nn.Module):
         Returns features (batch, frames, width), zero beyond each utterance's frames, and frames (batch,) int64.
         Raises ValueError where an utterance is too short to make a frame, or the arguments have other shapes.
         """
-        if waveforms.dim() != 2 or lengths is not None and lengths.shape != waveforms.shape[:1]:
+        if waveforms.dim() != 2 or not len(waveforms) or lengths is not None and lengths.shape != waveforms.shape[:1]:
             raise ValueError("waveforms must be (batch, samples), and lengths (batch,)")
+        if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
+            raise ValueError("lengths must be whole numbers")
         batch, samples = waveforms.shape
         shortest, longest = (samples, samples) if lengths is None else (int(lengths.min()), int(lengths.max()))
         if shortest < self.full_shape.receptive_field or longest > samples:
@@ -169,7 +172,9 @@ class Wav2Vec2(nn.Module):
             frames = torch.full((batch,), x.shape[1], device=x.device)
             mask = None
         else:
-            all_frames = self.full_shape.frames(lengths.to(waveforms.device))
+            lengths = lengths.to(waveforms.device, torch.int64)
+            waveforms = waveforms.masked_fill(~valid(lengths, samples), 0)  # or a NaN there would reach the gradients
+            all_frames = self.full_shape.frames(lengths)
             frames = all_frames[-1]
             x, gate = self.frontend(waveforms, all_frames[0])
             mask = valid(frames, x.shape[1])
@@ -408,9 +413,10 @@ def unpack(contents, path):
         shape, weights = Shape.from_dict(contents["shape"]), dict(contents["weights"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is not a complete model.pt ({error})") from error
-    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise CheckpointError(f"{path}: is not a complete model.pt (a weight is not a tensor)")
-    return shape, weights
+    for key, tensor in weights.items():
+        if not (isinstance(key, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
+            raise CheckpointError(f"{path}: is not a complete model.pt ({key!r} is not the name of a tensor of floating-point numbers)")
+    return shape, {key: tensor.float() for key, tensor in weights.items()}
 
 
 def build(make, shape, weights, path):
@@ -426,7 +432,9 @@ def build(make, shape, weights, path):
     wrong = [f"{key} {tuple(weights[key].shape)} instead of {tuple(tensor.shape)}" for key, tensor in expected.items()
              if key in weights and weights[key].shape != tensor.shape]
     surplus = [key for key in weights if key not in expected]
-    for what, keys in (("lacks", missing), ("has a wrong size for", wrong), ("has no place for", surplus)):
+    infinite = [key for key in weights if not weights[key].isfinite().all()]
+    problems = {"lacks": missing, "has a wrong size for": wrong, "has no place for": surplus, "has values that are not finite in": infinite}
+    for what, keys in problems.items():
         if keys:
             raise CheckpointError(f"{path}: {what} {', '.join(keys[:4])}{' and more' if len(keys) > 4 else ''}")
     model.load_state_dict(weights, assign=True)

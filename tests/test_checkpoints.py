@@ -67,6 +67,12 @@ def test_half_precision_weights_become_float32(golden, tmp_path):
     assert torch.equal(model.norm.weight, state_dict(golden, "hf_base")["encoder.layer_norm.weight"])
 
 
+def test_our_own_file_in_half_precision_becomes_float32(tmp_path):
+    weights = {f"encoder.{key}": tensor.half() for key, tensor in tiny().state_dict().items()}
+    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": weights}, tmp_path / "model.pt")
+    assert {p.dtype for p in load_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
 def test_a_pruned_model_loads_from_its_own_file(tmp_path):
     model = tiny(KINDS["mac"]).slice()
     weights = {f"encoder.{key}": tensor for key, tensor in model.state_dict().items()}
@@ -163,7 +169,10 @@ def test_files_of_something_else_are_refused(tmp_path):
     torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}}, tmp_path / "weights.pt")
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "arguments.pt")
     whole = {f"encoder.{key}": tensor for key, tensor in tiny().state_dict().items()}
-    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": whole | {"encoder.extra": torch.ones(1)}}, tmp_path / "surplus.pt")
+    wrong = {"surplus": ("encoder.extra", torch.ones(1)), "number": (7, torch.ones(1)), "integers": ("encoder.norm.bias", torch.ones(32, dtype=torch.int64)),
+             "complex": ("encoder.norm.bias", torch.ones(32, dtype=torch.complex64)), "nan": ("encoder.norm.bias", torch.full((32,), torch.nan))}  # fmt: skip
+    for name, (key, tensor) in wrong.items():
+        torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": whole | {key: tensor}}, tmp_path / f"weights-{name}.pt")
     (tmp_path / "text.txt").write_text("{} is a set of braces\n")
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "folder").mkdir()

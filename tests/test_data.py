@@ -215,6 +215,21 @@ def test_librispeech(tmp_path):
         open_corpus(tmp_path, "slu")
 
 
+def test_text_files_may_have_a_byte_order_mark_blank_lines_and_other_line_ends(tmp_path, caplog):
+    make_librispeech(tmp_path)
+    (tmp_path / "manifest.jsonl").write_text("{}")  # which does not make it SLURP's
+    path = tmp_path / "train-clean-100" / "84" / "121123" / "84-121123.trans.txt"
+    lines = path.read_text().splitlines()
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join([*lines, "???"]).encode())
+    corpus = open_corpus(tmp_path, "asr", skip_bad=True)
+    assert [u.text for u in corpus.train(0)] == ["GO ON NUMBER A", "GO ON NUMBER B", "GO ON NUMBER C"]
+    assert "line 7 is not" in caplog.text
+    make_slurp(tmp_path / "slurp")
+    path = tmp_path / "slurp" / "dataset" / "slurp" / "test.jsonl"
+    path.write_text(path.read_text().replace("will it rain", "will it\u2028rain\u0085"))
+    assert open_corpus(tmp_path / "slurp", "asr").test[0].text == "WILL IT RAIN"
+
+
 def make_slurp(root, audio="slurp_real", count=3):
     """Annotations as SLURP has them; of the second sentence, `intent` lacks the scenario, as on 1.5 % of the real lines."""
     for split in ("train", "devel", "test"):
@@ -365,6 +380,5 @@ def test_folders_that_are_no_corpus_are_refused(tmp_path):
 
 def test_a_change_of_rate_or_channels_is_said_once(tmp_path, caplog):
     caplog.set_level("INFO")
-    data._said.clear()
     open_corpus(make_digits(tmp_path), "slu")
     assert caplog.text.count("8000 Hz, resampled to 16000") == 1

@@ -178,6 +178,34 @@ def test_padding_and_slicing_change_nothing_in_bfloat16_beyond_its_precision():
         assert 0 < (features - exact).norm() / exact.norm() < 0.03
 
 
+def test_attention_drops_out_in_training_only():
+    model, waveforms = tiny(), torch.randn(1, 4_000)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(model(waveforms)[0], model(waveforms)[0])
+    model.train()
+    assert not torch.equal(model(waveforms)[0], model(waveforms)[0])
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([3_000, 2_000], dtype=torch.int32), torch.tensor([3_000, 2_000])])
+def test_what_lies_beyond_an_utterance_has_no_part_in_the_gradients(lengths):
+    model, waveforms = tiny(), torch.randn(2, 3_000)
+    waveforms[1, 2_000:] = math.nan
+    features, frames = model(waveforms, lengths)
+    assert frames.dtype == torch.int64
+    features.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_arguments_of_other_shapes_are_refused():
+    model = tiny()
+    for waveforms, lengths in ((torch.randn(3_000), None), (torch.randn(0, 3_000), None), (torch.randn(2, 3_000), torch.tensor([3_000])),
+                               (torch.randn(1, 3_000), torch.tensor([3_000.0])), (torch.randn(1, 3_000), torch.tensor([3_001])), (torch.randn(1, 399), None)):  # fmt: skip
+        with pytest.raises(ValueError, match="waveforms|lengths|utterance"):
+            model(waveforms, lengths)
+
+
 def test_a_model_without_any_heads_and_units_still_runs_and_slices():
     model = tiny(("heads", "units"))
     for gate in model.gates.values():

@@ -21,8 +21,10 @@ import data
 import sslprune
 from flops import Shape, cost
 from gates import METHODS
+from transformer import Wav2Vec2
 
 MAIN = str(HERE.parent / "sslprune.py")
+MAIN_SOURCE = (HERE.parent / "sslprune.py").read_text()
 FAST = ["--dense-updates", "2", "--prune-updates", "2", "--finetune-updates", "2"]
 
 
@@ -127,6 +129,68 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights_in_float32(small, c
     assert run(capsys, "--evaluate", tmp_path / "run" / "model.pt", "--dtype", "bfloat16")[0] == 0
 
 
+def test_the_target_warms_up_linearly_from_nothing(small, capsys, monkeypatch, tmp_path):
+    seen, forward = [], sslprune.Lagrangian.forward
+    monkeypatch.setattr(sslprune.Lagrangian, "forward", lambda self, gates, warmup: seen.append(warmup) or forward(self, gates, warmup))
+    updates = ["--dense-updates", "0", "--prune-updates", "8", "--finetune-updates", "0", "--warmup-share", "0.5"]
+    run(capsys, "--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", *updates)
+    assert seen == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("changed", [{"labels": 5}, {"labels": []}, {"labels": [1, 2]}, {"task": []}, {"task": "asr"}, {"task": None}, {"format": "x"}])
+def test_a_model_whose_task_or_labels_are_wrong_is_refused(capsys, tmp_path, changed):
+    model = sslprune.SpeechModel(tiny(), "slu", ["yes", "no"])
+    model.save(tmp_path / "model.pt")
+    assert sslprune.load(tmp_path / "model.pt").labels == ["yes", "no"]
+    torch.save(torch.load(tmp_path / "model.pt", weights_only=True) | changed, tmp_path / "model.pt")
+    refused(run(capsys, "--predict", tmp_path / "model.pt", "x.wav"), "model.pt")
+
+
+def test_the_log_has_what_was_said_before_its_folder_was_made(small, capsys, tmp_path):
+    run(capsys, "--task", "slu", "--budget", "0.8", "--data", make_digits(tmp_path / "digits"), "--out", tmp_path / "run", *FAST)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.index("resampled to 16000") < log.index("phase 1 of 3")
+    assert "what each layer kept" in log
+
+
+def test_an_update_has_the_recipes_rates_clipped_gradients_masks_and_layer_drop(small, capsys, monkeypatch, tmp_path):
+    seen, step, forward = [], torch.optim.Adam.step, Wav2Vec2.forward
+
+    def spy_step(self, *arguments):
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self.param_groups[0]["params"] if p.grad is not None])).item()
+        seen.append(([group["lr"] for group in self.param_groups], [bool(group.get("maximize")) for group in self.param_groups], norm))
+        return step(self, *arguments)
+
+    def spy_forward(self, *arguments):
+        if self.training:
+            assert (self.layer_drop, self.projection.mask_probability) == (0.25, 0.125)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
+    monkeypatch.setattr(Wav2Vec2, "forward", spy_forward)
+    monkeypatch.setattr(sslprune, "CLIP", 0.01)  # so that it is met
+    recipe = ["--dense-lr", "1e-3", "--prune-lr", "2e-3", "--finetune-lr", "3e-3", "--gate-lr", "0.1", "--layer-drop", "0.25", "--mask-probability", "0.125"]
+    updates = ["--dense-updates", "2", "--prune-updates", "4", "--finetune-updates", "2"]
+    assert run(capsys, "--task", "asr", "--budget", "0.8", "--out", tmp_path / "run", *recipe, *updates)[0] == 0
+    rates, ascends, norms = zip(*seen)
+    stages = [sslprune.tri_stage(i / 2) for i in range(2)], [sslprune.tri_stage(i / 4) for i in range(4)]
+    peaks = [[1e-3 * s] for s in stages[0]] + [[2e-3 * s, 0.1 * s, 0.1 * s] for s in stages[1]] + [[3e-3 * s] for s in stages[0]]
+    assert list(rates) == [pytest.approx(peak) for peak in peaks]
+    assert list(ascends) == [[False]] * 2 + [[False, False, True]] * 4 + [[False]] * 2
+    assert max(norms) <= 0.0101
+
+
+def test_digits_are_composed_afresh_in_every_epoch_of_every_phase(small, capsys, monkeypatch, tmp_path):
+    seen, load_batches = [], sslprune.load_batches
+    monkeypatch.setattr(sslprune, "load_batches", lambda model, batches: seen.append({u.name for b in batches for u in b}) or load_batches(model, batches))
+    updates = ["--dense-updates", "9", "--prune-updates", "9", "--finetune-updates", "0", "--batch-seconds", "30"]
+    corpus = make_digits(tmp_path / "digits")
+    assert run(capsys, "--task", "asr", "--budget", "0.8", "--data", corpus, "--out", tmp_path / "run", *updates)[0] == 0
+    training = [names for names in seen if any(int(name.split("+")[0].split("_")[2]) >= 10 for name in names)]
+    assert len(training) >= 4
+    assert len({frozenset(names) for names in training}) == len(training)
+
+
 def test_each_phase_trains(small, capsys, tmp_path):
     run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "first", *FAST)
     heads = []
@@ -160,7 +224,7 @@ def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
 def test_training_learns_and_the_constraint_binds(small, capsys, monkeypatch, tmp_path):
     """Not how well: that it gets better by training, and that training brings the expected cost to the budget."""
     monkeypatch.setattr(data, "COMMANDS", {"say_six": ("six",), "say_alarm": ("alarm",)})
-    updates = ["--dense-updates", "50", "--prune-updates", "120", "--finetune-updates", "5"]
+    updates = ["--dense-updates", "50", "--prune-updates", "120", "--finetune-updates", "40", "--ragged"]
     status, _, _ = run(capsys, "--task", "slu", "--budget", "0.7", "--out", tmp_path / "run", "--dense-lr", "3e-3", "--batch-seconds", "5", *updates)
     assert status == 0
     report = report_of(tmp_path / "run")
@@ -245,13 +309,27 @@ def test_audio_that_turns_out_bad_while_training_is_skipped_counted_and_limited(
     assert report_of(tmp_path / "b")["skipped"] == 1
 
 
-def test_sample_of_time_masks_and_rates():
+def test_the_learning_rate_has_three_stages():
     rates = [sslprune.tri_stage(i / 1000) for i in range(1000)]
     assert rates[0] < 0.02
     assert max(rates) == 1 == rates[300]
     assert rates[100:500] == [1.0] * 400
     assert rates[750] == pytest.approx(math.sqrt(0.05))
     assert rates[-1] == pytest.approx(0.05, rel=0.01)
+
+
+def test_the_readme_has_no_gaps_and_names_what_exists():
+    readme = (HERE.parent / "README.md").read_text()
+    assert not re.findall(r"@[A-Z_]+@", readme)
+    tests = "".join(path.read_text() for path in HERE.glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)", readme):
+        assert f"def {name}(" in tests, name
+    for module, name in re.findall(r"`(\w+)\.(\w+)(?:\.\w+)?`", readme):
+        if (HERE.parent / f"{module}.py").exists() and name != "py":
+            assert re.search(rf"^(?:def |class )?{name}\b", (HERE.parent / f"{module}.py").read_text(), re.MULTILINE), name
+    flags = re.findall(r"--[a-z]+(?:-[a-z]+)*", readme)
+    known = MAIN_SOURCE.replace("_", "-") + "--seconds --help --quick --depth"
+    assert not [flag for flag in set(flags) if flag.removeprefix("--") not in known]
 
 
 # --- Wrong use: one line that says what to do, exit status 2, nothing lost ---
@@ -289,6 +367,11 @@ WRONG = {
     "nothing to predict": (["--predict", "model.pt"], ["recording"]),
     "missing model to evaluate": (["--evaluate", "nowhere.pt"], ["nowhere.pt"]),
     "unknown device": (["--task", "asr", "--budget", "0.5", "--device", "abacus"], ["abacus"]),
+    "device without data": (["--task", "asr", "--budget", "0.5", "--device", "meta"], ["meta"]),
+    "device of a missing module": (["--task", "asr", "--budget", "0.5", "--device", "privateuseone"], ["privateuseone"]),
+    "empty checkpoint": (["--task", "asr", "--budget", "0.5", "--checkpoint", ""], ["empty"]),
+    "budget when predicting": (["--predict", "model.pt", "x.wav", "--budget", "0.5"], ["--budget", "--predict"]),
+    "training split when evaluating": (["--evaluate", "model.pt", "--train", "train"], ["--train", "--evaluate"]),
     "negative seed": (["--task", "asr", "--budget", "0.5", "--seed", "-1"], ["--seed"]),
     "fractional updates": (["--task", "asr", "--budget", "0.5", "--prune-updates", "1.5"], ["--prune-updates"]),
     "zero batch": (["--task", "asr", "--budget", "0.5", "--batch-seconds", "0"], ["--batch-seconds"]),
