@@ -273,7 +273,10 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
 
 
 def _checked(utterance, task, said):
-    """The utterance with its length from the header of its file, and its transcript normalised. said: a set, of what is logged once. Raises DataError."""
+    """The utterance with its length from the header of its file, and its transcript normalised. Raises DataError.
+
+    said: a set, of what has been logged and is not to be logged again.
+    """
     (path,) = utterance.sources
     try:
         info = soundfile.info(path)
