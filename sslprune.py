@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read by torch's OpenMP: on a busy machine, threads that spin for long stall each other
 import torch
 import torch.nn.functional as F
 from torch import nn
