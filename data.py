@@ -6,6 +6,7 @@ A corpus is three lists of `Utterance`, read in the layout in which its users ha
 
 import json
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -47,6 +48,7 @@ class Corpus:
     dev: list = field(default_factory=list)
     test: list = field(default_factory=list)
     size: int = 0  # utterances, the skipped ones among them
+    headers: dict = field(default_factory=dict)  # of the files; see `header`
     skip_bad: bool = False
     skipped: dict = field(default_factory=dict)  # the reasons, each with its file, in order; the values mean nothing
 
@@ -217,12 +219,12 @@ SUBSETS = {  # the folders (LibriSpeech) or annotation files (SLURP) of each spl
 }
 
 
-def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False):
+def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False, headers=None):
     """The corpus at `path`, read in its own layout: LibriSpeech, SLURP, Free Spoken Digit Dataset, or "demo".
 
     task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of what is composed. splits: those that must be there.
     subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names of the folders or annotation files, joined
-    by commas. Bad utterances are left out, and named in `skipped`.
+    by commas. Bad utterances are left out, and named in `skipped`. headers: what `header` is to remember, as an earlier run found it.
     Raises DataError where the layout is none of these, a split is missing or empty, or over 1 % are bad and not `skip_bad`.
     """
     subsets = {split: names for split, names in (subsets or {}).items() if names}
@@ -248,12 +250,12 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
         raise DataError(f"{root}: LibriSpeech has no intents; use --task asr, or SLURP for --task slu")
     if kind == "digits" and subsets:
         raise DataError(f"{root}: the digits corpus is split by take; it has no subsets to choose from")
-    corpus, found, said = Corpus(kind, skip_bad=skip_bad), {}, set()
+    corpus, found, said = Corpus(kind, skip_bad=skip_bad, headers={} if headers is None else headers), {}, set()
     for split in splits:
         found[split] = []
         for utterance in read(root, split, SUBSETS.get(kind, {}) | subsets, corpus.skip):
             try:
-                found[split].append(_checked(utterance, task, said))
+                found[split].append(_checked(utterance, task, corpus.headers, said))
             except DataError as error:
                 corpus.skip(str(error))
         if not found[split]:
@@ -272,27 +274,48 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
     return corpus
 
 
-def _checked(utterance, task, said):
+def header(path, known):
+    """Frames, sampling rate and channels of an audio file. known: {path: [size, time of change, frames, rate, channels]}, kept up."""
+    try:
+        status = os.stat(path)
+        entry = known.get(str(path), [])
+        if entry[:2] != [status.st_size, status.st_mtime_ns]:
+            info = soundfile.info(path)
+            entry = known[str(path)] = [status.st_size, status.st_mtime_ns, info.frames, info.samplerate, info.channels]
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: {_why_unreadable(path, error)}") from error
+    return entry[2:]
+
+
+def read_headers(path):
+    """What `header` knows, from the file in which a run keeps it."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not all(len(entry) == 5 and all(type(number) is int for number in entry) for entry in known.values()):
+            raise ValueError("not headers")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: is damaged; remove it, and the headers are read again") from error
+    return known
+
+
+def _checked(utterance, task, headers, said):
     """The utterance with its length from the header of its file, and its transcript normalised. Raises DataError.
 
     said: a set, of what has been logged and is not to be logged again.
     """
     (path,) = utterance.sources
-    try:
-        info = soundfile.info(path)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: {_why_unreadable(path, error)}") from error
-    if info.frames == 0:
+    frames, rate, channels = header(path, headers)
+    if frames == 0:
         raise DataError(f"{path}: is empty")
-    change = [f"{info.samplerate} Hz, resampled to {SAMPLE_RATE}"] * (info.samplerate != SAMPLE_RATE)
-    change += [f"{info.channels} channels, mixed down"] * (info.channels > 1)
+    change = [f"{rate} Hz, resampled to {SAMPLE_RATE}"] * (rate != SAMPLE_RATE)
+    change += [f"{channels} channels, mixed down"] * (channels > 1)
     if change and tuple(change) not in said:
         said.add(tuple(change))
         log.info("%s: %s (said once for all such files)", path, "; ".join(change))
     text = normalise(utterance.text)
     if task == "asr" and not text:
         raise DataError(f"{utterance.name}: its transcript is empty")
-    return replace(utterance, text=text, seconds=info.frames / info.samplerate)
+    return replace(utterance, text=text, seconds=frames / rate)
 
 
 def read_librispeech(root, split, subsets, skip):

@@ -5,22 +5,26 @@
     python sslprune.py --task slu --budget 0.5 --checkpoint wav2vec2-base --data slurp --method size
     python sslprune.py --predict runs/asr-mac-0.5/model.pt recording.wav ...
     python sslprune.py --evaluate runs/asr-mac-0.5/model.pt --data LibriSpeech
+    torchrun --nproc-per-node 4 sslprune.py --task asr --budget 0.5 ...      # on four GPUs
 
 A run has up to three phases. Without a checkpoint it first trains a dense model, since the method prunes a trained one. Then
 weights, gates and multipliers train together under the budget (gates.py); the gates are hardened to the budget and the
-model is sliced. Then the small model trains on. --budget 1.0 trains as long, and prunes nothing: the reference.
+model is sliced. Then the small model trains on. --budget 1.0 trains as long, and prunes nothing: the reference. A run that
+was stopped or killed goes on where it was when the same command is given with --resume.
 """
 
 import argparse
 import contextlib
-import copy
+import hashlib
 import io
+import itertools
 import json
 import logging
 import logging.handlers
 import math
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -30,13 +34,14 @@ import numpy as np
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read by torch's OpenMP: on a busy machine, threads that spin for long stall each other
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import data
 import gates
 from data import DataError
-from flops import BASE, SAMPLE_RATE, SECONDS, SMALL, cost
+from flops import BASE, SAMPLE_RATE, SECONDS, SMALL, Shape, cost
 from gates import METHODS, SAMPLES, BudgetError, Lagrangian
 from transformer import CheckpointError, Wav2Vec2, build, find_checkpoint, load_pretrained, read_checkpoint, unpack
 
@@ -56,6 +61,16 @@ RECIPES = {
 }  # fmt: skip
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
+IN_A_ROW = 20  # updates without a finite gradient; after so many nothing will mend itself
+CONVERGED = 0.02  # of the dense cost: hardening from so near the budget shuts few units that training had left open
+
+
+class RunError(ValueError):
+    """A run that cannot begin, or cannot go on. The message says what to do."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop. It has saved itself."""
 
 
 class SpeechModel(nn.Module):
@@ -93,7 +108,7 @@ class SpeechModel(nn.Module):
     def transcribe(self, waveforms, lengths=None):
         """Normalised waveforms (batch, samples) -> a list of transcripts (asr) or of intents (slu)."""
         device = self.head.weight.device
-        scores, frames = self(waveforms.to(device), None if lengths is None else lengths.to(device))
+        scores, frames = self(waveforms.to(device), lengths)
         best = scores.argmax(-1).cpu()
         if self.task == "slu":
             return [self.labels[i] for i in best.tolist()]
@@ -111,12 +126,14 @@ class SpeechModel(nn.Module):
 
     def save(self, path):
         """Write a model.pt: shape, weights, task and labels. Replaces the file in one step."""
-        encoder = self.encoder
-        contents = {"format": "sslprune", "shape": encoder.full_shape.as_dict(), "task": self.task, "labels": self.labels,
-                    "weights": {key: tensor.detach().cpu() for key, tensor in self.state_dict().items()}}  # fmt: skip
         buffer = io.BytesIO()  # so that a full disk is an OSError of ours, and not a RuntimeError from within torch.save
-        torch.save(contents, buffer)
+        torch.save(self.contents(), buffer)
         write(path, buffer.getbuffer())
+
+    def contents(self):
+        """What a model.pt holds."""
+        return {"format": "sslprune", "shape": self.encoder.full_shape.as_dict(), "task": self.task, "labels": self.labels,
+                "weights": {key: tensor.detach().cpu() for key, tensor in self.state_dict().items()}}  # fmt: skip
 
 
 def precision(dtype, device):
@@ -138,16 +155,75 @@ def load(path):
     return build(lambda shape: SpeechModel(Wav2Vec2(shape), task, labels), shape, weights, path)
 
 
-def write(path, contents):
-    """Write bytes to a file in one step: whole, or not at all."""
+def write(path, *parts):
+    """Write bytes to a file in one step: whole, or not at all. What was there before survives whatever happens meanwhile."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(contents)
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+# --- Many processes: torchrun starts one for each GPU -------------------------------------------------------------------
+
+
+def rank():
+    """The number of this process; 0 is the one that writes and says things."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def together():
+    """A context for what all processes do at once. Where another one is gone, that is a RunError, and no hang."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError("another process of this run has ended, and says why; the same command with --resume goes on") from error
+
+
+def gather(item):
+    """What each process has, in the order of their ranks."""
+    items = [item] * ranks()
+    if dist.is_initialized():
+        with together():
+            dist.all_gather_object(items, item)
+    return items
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over the processes, which is the same to the last bit in all of them."""
+    if dist.is_initialized():
+        with together():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+
+def share_skipped(corpus):
+    """Let each process know what the others had to skip."""
+    for reason in itertools.chain(*gather(list(corpus.skipped))):
+        corpus.skip(reason)
+
+
+def join(device):
+    """Join the other processes where torchrun started this one."""
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank():
+            log.setLevel(logging.ERROR)
 
 
 # --- Evaluation --------------------------------------------------------------------------------------------------------
@@ -173,30 +249,33 @@ def usable(utterances, corpus, model, training=False):
 def evaluate(model, corpus, split, batch_seconds):
     """Metrics of a model on the "dev" or "test" split, as fractions: {name: value}, the task's own metric first."""
     model.eval()
-    utterances = usable(getattr(corpus, split), corpus, model)
-    references, hypotheses = [], []
-    batches = data.batches(utterances, batch_seconds)
-    show = progress_of(f"evaluate {split}", len(batches), last=False)
-    for step, (batch, waveforms, lengths, bad) in enumerate(load_batches(model, batches), 1):
+    batches = data.batches(usable(getattr(corpus, split), corpus, model), batch_seconds)
+    share = range(rank(), len(batches), ranks())  # each process has its share of the same batches, however many there are
+    show = progress_of(f"evaluate {split}", len(share), last=False)
+    found = []  # (number of the batch, references, hypotheses)
+    for step, (batch, waveforms, lengths, bad) in enumerate(load_batches(model, [batches[i] for i in share]), 1):
+        leave_if_asked()
         for reason in bad:
             corpus.skip(reason)
         if batch:
-            references += batch
-            hypotheses += model.transcribe(waveforms, lengths)
+            said = [u.text if model.task == "asr" else u.intent for u in batch]
+            found.append((share[step - 1], said, model.transcribe(waveforms, lengths)))
         show(step)
+    share_skipped(corpus)
     corpus.check()
+    found = sorted(itertools.chain(*gather(found)))
+    references, hypotheses = ([label for batch in found for label in batch[which]] for which in (1, 2))
     if not references:
         raise DataError(f"no utterance of the {split} split could be read")
     if model.task == "asr":
-        texts = [u.text for u in references]
         return {
-            "word_error_rate": data.error_rate(texts, hypotheses),
-            "character_error_rate": data.error_rate(texts, hypotheses, split=list),
+            "word_error_rate": data.error_rate(references, hypotheses),
+            "character_error_rate": data.error_rate(references, hypotheses, split=list),
         }
-    right = {"intent_accuracy": [h == u.intent for h, u in zip(hypotheses, references)]}
-    if all("_" in u.intent for u in references):  # SLURP's two halves of an intent, scenario_action
+    right = {"intent_accuracy": [h == r for h, r in zip(hypotheses, references)]}
+    if all("_" in r for r in references):  # SLURP's two halves of an intent, scenario_action
         for half, name in ((0, "scenario_accuracy"), (-1, "action_accuracy")):
-            right[name] = [h.split("_", 1)[half] == u.intent.split("_", 1)[half] for h, u in zip(hypotheses, references)]
+            right[name] = [h.split("_", 1)[half] == r.split("_", 1)[half] for h, r in zip(hypotheses, references)]
     return {name: sum(values) / len(values) for name, values in right.items()}
 
 
@@ -225,10 +304,10 @@ PHASES = {
 }
 
 
-def load_batches(model, batches):
-    """An iterator over what data.Loader makes of these batches. Beside a GPU, worker processes prepare them."""
-    workers = 0 if model.head.weight.device.type == "cpu" else 4
-    return torch.utils.data.DataLoader(data.Loader(batches), batch_size=None, num_workers=workers)
+def load_batches(model, batches, workers=0):
+    """An iterator over what data.Loader makes of these batches, in `workers` processes or in this one."""
+    own = torch.Generator()  # or an iterator would draw from the global one, and a resumed epoch needs one iterator more
+    return torch.utils.data.DataLoader(data.Loader(batches), batch_size=None, num_workers=workers, generator=own)
 
 
 def tri_stage(progress):
@@ -240,68 +319,120 @@ def tri_stage(progress):
     return LAST ** ((progress - (1 - DECAY)) / DECAY)
 
 
-def train(phase, model, corpus, options, lagrangian=None):
-    """One phase: `{phase}_updates` updates at `{phase}_lr`; with a Lagrangian, of gates and multipliers too. Returns its seconds."""
-    begin = time.monotonic()
+def train(run):
+    """Train to the end of the phase that the run is in, from where it is."""
+    options, model, corpus, at, lagrangian = run.options, run.model, run.corpus, run.at, run.lagrangian
+    encoder, device, phase = model.encoder, model.head.weight.device, at["phase"]
     updates = getattr(options, f"{phase}_updates")
-    encoder, device = model.encoder, model.head.weight.device
-    log_alphas = [gate.log_alpha for gate in encoder.gates.values()]
-    weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
-    groups = [{"params": weights, "peak": getattr(options, f"{phase}_lr")}]
-    if lagrangian:
-        groups += [{"params": log_alphas, "peak": options.gate_lr}, {"params": [lagrangian.multipliers], "peak": options.gate_lr, "maximize": True}]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))  # fairseq's betas
+    if run.optimizer is None:
+        run.optimizer = make_optimizer(run)
+    weights, *others = (group["params"] for group in run.optimizer.param_groups)
+    others = list(itertools.chain(*others))
     encoder.layer_drop, encoder.projection.mask_probability = options.layer_drop, options.mask_probability
     model.train()
-    rng = np.random.default_rng([options.seed, *phase.encode()])
-    show, losses = progress_of(phase, updates), []
+    run.clock = saved = time.monotonic()
+    show, losses = progress_of(phase, updates, at["update"]), []
 
     def details():
-        text = f"  loss {torch.stack(losses).mean():.3f}"
+        text = f"  loss {statistics.fmean(losses):.3f}"
         losses.clear()
         if lagrangian:
             text += "  expected to keep " + ", ".join(f"{kept:.3f}" for kept in (1 - lagrangian.sparsity(encoder.gates)).tolist())
         return text
 
-    step = epoch = 0
-    while step < updates:
-        utterances = usable(corpus.train(int(rng.integers(2**31))), corpus, model, training=True)
+    while at["update"] < updates:
+        # An epoch's batches follow from the seed, the phase and its number, and an update takes the next few: one for each
+        # process, `accumulate` times. It depends on their number in all, and not on where each was computed.
+        rng = np.random.default_rng([options.seed, *phase.encode(), at["epoch"]])
+        utterances = corpus.train(int(rng.integers(2**31)))
+        short_enough = [u for u in utterances if u.seconds <= options.max_seconds]
+        at["too_long"] = len(utterances) - len(short_enough)
+        utterances = usable(short_enough, corpus, model, training=True)
         batches = data.batches(utterances, options.batch_seconds, rng)
-        if phase == "dense" and epoch == 0 and model.task == "asr":
+        if phase == "dense" and at["epoch"] == 0 and model.task == "asr":
             # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
             batches = data.batches(utterances, options.batch_seconds)[::-1]
-        started = step
-        for batch, waveforms, lengths, bad in load_batches(model, batches):
-            for reason in bad:
-                corpus.skip(reason)
-            if not batch:
-                continue
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * tri_stage(step / updates)
-            loss = model.loss(waveforms.to(device), lengths.to(device), batch)
-            objective = loss
-            if lagrangian:
-                objective = loss + lagrangian(encoder.gates, min(1, step / max(1, options.warmup_share * updates)))
-            optimizer.zero_grad()
-            objective.backward()
-            nn.utils.clip_grad_norm_(weights, CLIP)
-            optimizer.step()
-            step += 1
-            losses.append(loss.detach())
-            show(step, details)
-            if step == updates:
+        size = ranks() * options.accumulate
+        first, before = at["group"], at["update"]
+        groups = [batches[i : i + size] for i in range(0, len(batches), size)][first:]
+        loaded = iter(load_batches(model, [batch for group in groups for batch in group[rank() :: ranks()]], options.workers))
+        for group in groups:
+            for settings in run.optimizer.param_groups:
+                settings["lr"] = settings["peak"] * tri_stage(at["update"] / updates)
+            run.optimizer.zero_grad(set_to_none=False)
+            sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, batches, wish to stop, wish to save
+            for _ in group[rank() :: ranks()]:
+                batch, waveforms, lengths, bad = next(loaded)
+                for reason in bad:
+                    corpus.skip(reason)
+                if batch:
+                    objective = loss = model.loss(waveforms.to(device), lengths, batch)
+                    if lagrangian:
+                        objective = loss + lagrangian(encoder.gates, min(1, at["update"] / max(1, options.warmup_share * updates)))
+                    objective.backward()
+                    sums[:2] += torch.stack((loss.detach(), torch.ones_like(loss)))
+            sums[2], sums[3] = len(stopping), rank() == 0 and time.monotonic() - saved > options.save_seconds
+            add_up([sums, *(p.grad for p in weights + others)])
+            loss, count, stop, save = sums.tolist()
+            at["group"] += 1
+            if count:
+                losses.append(loss / count)
+                update(run.optimizer, weights, others, losses[-1], count, at)
+                show(at["update"], details)
+            if stop or save:
+                run.save()
+                saved = time.monotonic()
+            if stop:
+                raise Stopped(f"{phase} {at['update']}/{updates}")
+            if at["update"] == updates:
                 break
+        share_skipped(corpus)
         corpus.check()
-        if step == started:
+        if at["update"] == before and first == 0:
             raise DataError("no utterance of the training split could be read")
-        epoch += 1
-    return time.monotonic() - begin
+        at["epoch"], at["group"] = at["epoch"] + 1, 0
+    run.save()
 
 
-def progress_of(what, total, last=True):
-    """A function to call after each of `total` steps; it logs where they are and how long is left, ever less often.
+def make_optimizer(run):
+    """Adam over the weights and, where the run has a Lagrangian, gates and multipliers (which ascend)."""
+    options, model, lagrangian = run.options, run.model, run.lagrangian
+    weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
+    groups = [{"params": weights, "peak": getattr(options, f"{run.at['phase']}_lr")}]
+    if lagrangian:
+        log_alphas = [gate.log_alpha for gate in model.encoder.gates.values()]
+        groups += [{"params": log_alphas, "peak": options.gate_lr}, {"params": [lagrangian.multipliers], "peak": options.gate_lr, "maximize": True}]
+    for group in groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)  # LayerDrop leaves some without, and the processes are to agree
+    return torch.optim.Adam(groups, betas=(0.9, 0.98))  # fairseq's betas
 
-    It takes the step and a function that makes the details. last: whether to log the last step in any case.
+
+def update(optimizer, weights, others, loss, count, at):
+    """Make the update that the sums of `count` batches' gradients ask for, or leave it out where they are not finite."""
+    if count > 1:
+        for p in weights + others:
+            p.grad /= count
+    norms = nn.utils.clip_grad_norm_(weights, CLIP).item(), nn.utils.get_total_norm([p.grad for p in others]).item()
+    at["update"] += 1
+    if math.isfinite(loss) and all(map(math.isfinite, norms)):
+        optimizer.step()
+        at["not_finite_in_a_row"] = 0
+        return
+    at["not_finite"] += 1
+    at["not_finite_in_a_row"] += 1
+    log.warning("update %d left out: its loss is %g, the norm of its gradients %g and %g", at["update"], loss, *norms)
+    if at["not_finite_in_a_row"] == IN_A_ROW:
+        raise RunError(
+            f"{IN_A_ROW} updates in a row had no finite loss or gradient (loss {loss:g}, gradient {norms[0]:g});"
+            f" start anew with a smaller --{at['phase']}-lr or --gate-lr, or with --dtype float32"
+        )
+
+
+def progress_of(what, total, first=0, last=True):
+    """A function to call after each of `total` steps, `first` of them made before; it logs where they are and how long is left.
+
+    It takes the step and a function that makes the details, and logs ever less often. last: whether to log the last step in any case.
     """
     start = shown = time.monotonic()
 
@@ -309,11 +440,148 @@ def progress_of(what, total, last=True):
         nonlocal shown
         now = time.monotonic()
         if now - shown >= max(10, (now - start) / 50) or (step == total and last):
-            left = round((now - start) / step * (total - step))
+            left = round((now - start) / (step - first) * (total - step))
             log.info("%s %d/%d%s  %d:%02d left", what, step, total, details(), left // 60, left % 60)
             shown = now
 
     return show
+
+
+# --- A run, and how it goes on after a death ----------------------------------------------------------------------------
+
+STATE = "training.state"  # the training checkpoint in the folder of a run
+HEADERS = "headers.json"  # of the corpus's files, so that they are read once
+NOT_OF_THE_RUN = ("resume", "out", "device", "workers", "save_seconds", "predict", "evaluate")  # flags that change no result
+
+
+class Run:
+    """A run: its model, and all else that the rest of it depends on.
+
+    at: where it is, and what it has found so far, in plain values. `save` writes everything, `restore` brings it back; together
+    they are what makes a resumed run end, on the CPU, in the same bits.
+    """
+
+    def __init__(self, options, out, model, corpus, trained):
+        self.options, self.out, self.model, self.corpus = options, out, model, corpus
+        self.lagrangian = self.optimizer = self.clock = None
+        # group: of the batches of the epoch's next update. seconds: of training. trained: whether there is a head to evaluate.
+        self.at = {"phase": "dense", "update": 0, "epoch": 0, "group": 0, "seconds": 0.0, "trained": trained, "dense_metrics": None,
+                   "expected": None, "too_long": 0, "not_finite": 0, "not_finite_in_a_row": 0, "dense_shape": model.encoder.shape.as_dict()}  # fmt: skip
+
+    def enter(self, phase, **found):
+        """Begin the next phase, with what the last one found."""
+        self.at |= {"phase": phase, "update": 0, "epoch": 0, "group": 0, "not_finite_in_a_row": 0, **found}
+        self.optimizer = self.clock = None
+        if phase == "prune" and self.options.budget < 1:
+            self.model.encoder.add_gates(gates.KINDS[self.options.method])
+            self.add_lagrangian()
+        self.save()
+
+    def add_lagrangian(self):
+        shape, device = self.model.encoder.full_shape, self.model.head.weight.device
+        self.lagrangian = Lagrangian(shape, self.options.method, self.options.budget).to(device)
+
+    def save(self):
+        """Write the training checkpoint: a SHA-256, and what torch.save makes of everything. All processes come here together."""
+        if self.clock is not None:
+            now = time.monotonic()
+            self.at["seconds"], self.clock = self.at["seconds"] + now - self.clock, now
+        share_skipped(self.corpus)
+        random = gather((torch.get_rng_state(), torch.cuda.get_rng_state() if self.model.head.weight.is_cuda else None))
+        if rank():
+            return
+        contents = {"settings": settings(self.options), "at": self.at}
+        if self.at["phase"] != "done":
+            contents |= {
+                "model": self.model.contents(),
+                "gated": bool(self.model.encoder.gates),
+                "multipliers": self.lagrangian and self.lagrangian.multipliers.detach(),
+                "optimizer": self.optimizer and self.optimizer.state_dict(),
+                "random": random,
+                "skipped": list(self.corpus.skipped),
+                "corpus": [self.corpus.kind, self.corpus.size],
+            }
+        buffer = io.BytesIO()
+        torch.save(contents, buffer)
+        write(self.out / STATE, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
+
+    def restore(self, state):
+        """Go on from a training checkpoint; the model is already the one that it holds."""
+        if state["corpus"] != [self.corpus.kind, self.corpus.size]:
+            raise RunError(f"{self.options.data}: is not the corpus that {self.out} began with; it now has {self.corpus.size} utterances")
+        self.at = state["at"]
+        for reason in state["skipped"]:
+            self.corpus.skip(reason)
+        if state["gated"]:
+            self.add_lagrangian()
+            self.lagrangian.multipliers.data.copy_(state["multipliers"])
+        if state["optimizer"]:
+            self.optimizer = make_optimizer(self)
+            self.optimizer.load_state_dict(state["optimizer"])
+        cpu, cuda = state["random"][rank()]
+        torch.set_rng_state(cpu)
+        if cuda is not None and self.model.head.weight.is_cuda:
+            torch.cuda.set_rng_state(cuda)
+
+
+def settings(options):
+    """What a run's result depends on: its flags, after the recipe has filled them in, and the number of processes."""
+    return {name: value for name, value in vars(options).items() if name not in NOT_OF_THE_RUN} | {"processes": ranks()}
+
+
+def read_state(out, options):
+    """The training checkpoint in the folder of a run that --resume is to go on with; {} where there is none yet, or no --resume."""
+    path, found = out / STATE, sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if not options.resume:
+        if found:
+            goes_on = "go on with it by --resume, " if STATE in found else ""
+            raise RunError(f"{out}: holds another run; {goes_on}give another --out, or remove it")
+        return {}
+    if STATE not in found:
+        if set(found) - {"log.txt", HEADERS, STATE + ".partial"}:
+            raise RunError(f"{out}: holds no {STATE} to --resume from; give the --out of a run, or another")
+        log.info("%s: there is nothing to resume; the run begins", out)
+        return {}
+    contents = memoryview(path.read_bytes())
+    if hashlib.sha256(contents[32:]).digest() != contents[:32]:
+        raise RunError(f"{path}: is damaged; start anew in another --out, with the dense.pt of this one as --checkpoint if it is there")
+    return torch.load(io.BytesIO(contents[32:]), map_location="cpu", weights_only=True)
+
+
+def check_settings(options, state, out):
+    """Refuse to go on with a run with other flags than its own."""
+    now, then = settings(options), state["settings"]
+    for name in now:
+        if now[name] != then[name]:
+            flag = "torchrun's --nproc-per-node" if name == "processes" else f"--{name.replace('_', '-')}"
+            raise RunError(f"{out}: was started with {flag} {then[name]}, and cannot go on with {now[name]}; give the run's own, or another --out")
+
+
+stopping = []  # the signals that asked this process to stop
+
+
+def ask_to_stop(number, frame):
+    """Signal handler: stop at the next opportunity; asked twice, at once."""
+    if stopping:
+        raise KeyboardInterrupt
+    stopping.append(number)
+
+
+def leave_if_asked():
+    if stopping:
+        raise Stopped("an evaluation")
+
+
+@contextlib.contextmanager
+def stoppable():
+    """A context in which SIGTERM and Ctrl-C let the run save itself first."""
+    stopping.clear()
+    before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- The script --------------------------------------------------------------------------------------------------------
@@ -337,117 +605,194 @@ def run(options):
     messages = logging.handlers.MemoryHandler(1)  # keeps what there is to say until there is a log.txt
     log.addHandler(messages)
     try:
-        out, model, corpus, trained = prepare(options)
-        messages.setTarget(logging.FileHandler(out / "log.txt", encoding="utf-8"))
-        return run_phases(options, out, start, model, corpus, trained)
+        device = usable_device(options.device)
+        join(device)
+        run = prepare(options, device)
+        if run is None:
+            return
+        if not rank():
+            messages.setTarget(logging.FileHandler(run.out / "log.txt", encoding="utf-8"))
+        with stoppable():
+            run_phases(run, start)
+    except Stopped as stopped:
+        name = signal.Signals(stopping[0]).name
+        raise Stopped(f"{name} stopped the run at {stopped}; the same command with --resume goes on") from stopped
     finally:
         log.removeHandler(messages)
         messages.flush()
         if messages.target:
             messages.target.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def prepare(options):
+def prepare(options, device):
     """Everything that can be wrong comes to light here, before anything is trained or written; then --out is made.
 
-    Returns the folder of the run, the model, the corpus, and whether the model's head is trained already.
+    Returns the Run, at its beginning or where --resume finds it; None where that one has ended.
     """
     out = Path(options.out or f"runs/{options.task}-{options.method}-{options.budget:g}")
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise DataError(f"{out}: a file stands where --out needs a folder; give another --out")
-    if out.is_dir() and any(out.iterdir()):
-        raise DataError(f"{out}: holds another run; give another --out, or remove it")
-    device = usable_device(options.device)
+    state = read_state(out, options)
     torch.manual_seed(options.seed)
-    encoder, trained = prepare_model(options)
-    shape = encoder.full_shape
-    if options.budget < 1:
-        gates.check_budget(shape, options.method, options.budget)
+    trained = None
+    if state:
+        shape = Shape.from_dict(state["at"]["dense_shape"])
+    else:
+        encoder, trained = prepare_model(options)
+        shape = encoder.full_shape
     recipe = dict(RECIPES["small" if shape.width < BASE.width else "base"])
     if options.checkpoint is not None:
         recipe["dense_updates"] = 0
     for name, value in recipe.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    subsets = {split: getattr(options, split) for split in ("train", "dev", "test")}
-    corpus = data.open_corpus(options.data, options.task, options.seed, subsets, skip_bad=options.skip_bad)
-    labels = data.VOCABULARY if options.task == "asr" else sorted({u.intent for u in corpus.train(0)})
-    model = SpeechModel(encoder, options.task, labels)
-    if trained is not None and trained.labels == model.labels:
-        model = trained
-    elif trained is not None:
-        log.info("%s: was trained for other labels; its head starts anew", options.checkpoint)
-        trained = None
+    if options.budget < 1:
+        gates.check_budget(shape, options.method, options.budget)
+    if state:
+        check_settings(options, state, out)
+        if state["at"]["phase"] == "done":
+            log.info("%s: has run to its end; nothing is left to do", out)
+            return None
+    corpus = open_shared_corpus(options, out)
+    if state:
+        model = model_of(state)
+    else:
+        labels = data.VOCABULARY if options.task == "asr" else sorted({u.intent for u in corpus.train(0)})
+        model = SpeechModel(encoder, options.task, labels)
+        if trained is not None and trained.labels == model.labels:
+            model = trained
+        elif trained is not None:
+            log.info("%s: was trained for other labels; its head starts anew", options.checkpoint)
+            trained = None
     model.to(device).dtype = DTYPES[options.dtype]
-    make_out(out, shape)
-    return out, model, corpus, trained is not None
+    run = Run(options, out, model, corpus, trained is not None)
+    if not rank():
+        make_out(out, shape)
+        if corpus.headers:
+            write(out / HEADERS, json.dumps(corpus.headers).encode())
+    if state:
+        run.restore(state)
+        log.info("%s: goes on at %s %d/%d", out, run.at["phase"], run.at["update"], getattr(options, f"{run.at['phase']}_updates"))
+    else:
+        torch.manual_seed(options.seed + rank())  # after the weights, which are to be the same in all processes
+        run.save()
+    return run
 
 
-def run_phases(options, out, start, model, corpus, trained):
-    """Train, prune, fine-tune, evaluate, save and report."""
-    shape, device = model.encoder.full_shape, model.head.weight.device
+def open_shared_corpus(options, out):
+    """The corpus of --data. One process reads the headers of its files, and keeps them beside the run; the others have them from it."""
+    subsets = {split: getattr(options, split) for split in ("train", "dev", "test")}
+    headers = {}
+    for turn in range(2):
+        if (rank() == 0) == (turn == 0):
+            if rank() == 0 and (out / HEADERS).exists():
+                headers = data.read_headers(out / HEADERS)
+            corpus = data.open_corpus(options.data, options.task, options.seed, subsets, skip_bad=options.skip_bad, headers=headers)
+        headers = gather(headers)[0]
+    return corpus
+
+
+def model_of(state):
+    """The SpeechModel in a training checkpoint, with gates where it had them."""
+    contents = state["model"]
+    model = SpeechModel(Wav2Vec2(Shape.from_dict(contents["shape"])), contents["task"], contents["labels"])
+    if state["gated"]:
+        model.encoder.add_gates(gates.KINDS[state["settings"]["method"]])
+    model.load_state_dict(contents["weights"])
+    return model
+
+
+def run_phases(run, start):
+    """Train, prune, fine-tune, evaluate, save and report, from where the run is."""
+    options, model, out, at = run.options, run.model, run.out, run.at
+    shape, device = Shape.from_dict(at["dense_shape"]), model.head.weight.device
     log.info("%s  seed %d  %s  %s", device, options.seed, options.data, describe(shape))
-    train_seconds = 0.0
     phases = [phase for phase in PHASES if getattr(options, f"{phase}_updates")]
 
     def announce(phase, what=None):
-        log.info("phase %d of %d, %s: %s", phases.index(phase) + 1, len(phases), phase, what or PHASES[phase])
+        if phase in phases:
+            log.info("phase %d of %d, %s: %s", phases.index(phase) + 1, len(phases), phase, what or PHASES[phase])
 
-    if "dense" in phases:
-        announce("dense")
-        train_seconds += train("dense", model, corpus, options)
-        model.save(out / "dense.pt")
-        trained = True
-    dense_metrics = {split: evaluate(model, corpus, split, options.batch_seconds) for split in ("dev", "test")} if trained else None
-    if dense_metrics:
-        log.info("dense: %s", say(dense_metrics))
+    if at["phase"] == "dense":
+        if "dense" in phases:
+            announce("dense")
+            train(run)
+            save_model(model, out / "dense.pt")
+            at["trained"] = True
+        metrics = evaluate_both(run) if at["trained"] else None
+        if metrics:
+            log.info("dense: %s", say(metrics))
+        run.enter("prune", dense_metrics=metrics)
 
-    dense_encoder = copy.deepcopy(model.encoder)
-    if options.budget < 1:
-        if "prune" in phases:
-            announce("prune")
-        model.encoder.add_gates(gates.KINDS[options.method])
-        lagrangian = Lagrangian(shape, options.method, options.budget).to(device)
-        train_seconds += train("prune", model, corpus, options, lagrangian)
-        expected = 1 - lagrangian.sparsity(model.encoder.gates)
-        gates.harden(model.encoder.gates, shape, options.method, options.budget, options.ragged)
-        model.encoder = model.encoder.slice()
-        log.info("hardened and sliced: %s", describe(model.encoder.shape))
-    else:
-        if "prune" in phases:
-            announce("prune", "train the dense model as long as a pruning phase takes, without gates")
-        train_seconds += train("prune", model, corpus, options)
-        expected = torch.ones(len(METHODS[options.method]))
-    if "finetune" in phases:
-        announce("finetune", None if options.budget < 1 else "train the dense model on")
-    train_seconds += train("finetune", model, corpus, options)
-    model.save(out / "model.pt")  # before all that remains, so that nothing can lose it
+    if at["phase"] == "prune":
+        announce("prune", None if options.budget < 1 else "train the dense model as long as a pruning phase takes, without gates")
+        train(run)
+        kept = [1.0] * len(METHODS[options.method])
+        if options.budget < 1:
+            kept = (1 - run.lagrangian.sparsity(model.encoder.gates)).tolist()
+            warn_unless_converged(kept, options)
+            gates.harden(model.encoder.gates, shape, options.method, options.budget, options.ragged)
+            model.encoder, run.lagrangian = model.encoder.slice(), None
+            log.info("hardened and sliced: %s", describe(model.encoder.shape))
+        run.enter("finetune", expected=kept)
 
-    metrics = {split: evaluate(model, corpus, split, options.batch_seconds) for split in ("dev", "test")}
-    report = make_report(options, dense_encoder, model, expected, {"dense": dense_metrics, "pruned": metrics}, corpus, train_seconds)
-    write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    announce("finetune", None if options.budget < 1 else "train the dense model on")
+    train(run)
+    save_model(model, out / "model.pt")  # before all that remains, so that nothing can lose it
+    report = make_report(run, evaluate_both(run))
+    if not rank():
+        write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    run.enter("done")
     log.info("\n%s\n\n%s\n", picture(report), table(report))
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
     log.info("%s: model.pt, report.json, log.txt%s  (%d:%02d)", out, ", dense.pt" if "dense" in phases else "", minutes, seconds)
 
 
-def make_report(options, dense_encoder, model, expected, metrics, corpus, train_seconds):
-    """What goes into report.json."""
-    kept = [achieved(dense_encoder.shape, model.encoder.shape, [constraint]) for constraint in METHODS[options.method]]
+def evaluate_both(run):
+    return {split: evaluate(run.model, run.corpus, split, run.options.batch_seconds) for split in ("dev", "test")}
+
+
+def save_model(model, path):
+    if not rank():
+        model.save(path)
+
+
+def warn_unless_converged(kept, options):
+    """Say so where training did not bring the expected cost to the budget, and what to change."""
+    for constraint, share in zip(METHODS[options.method], kept):
+        if abs(share - options.budget) > CONVERGED:
+            log.warning(
+                "the constraint has not converged: %.3f of the %s are expected to be kept, not %g. Hardening now shuts or keeps the"
+                " rest untrained. Give more --prune-updates, a larger --gate-lr or a smaller --warmup-share",
+                share, constraint.name, options.budget,
+            )  # fmt: skip
+
+
+def make_report(run, metrics):
+    """What goes into report.json. metrics: of the pruned model."""
+    options, model, at = run.options, run.model, run.at
+    constraints, device = METHODS[options.method], model.head.weight.device
+    dense_encoder = Wav2Vec2(Shape.from_dict(at["dense_shape"])).to(device)  # of any weights: it is only to be timed
+    encoders = {"dense": dense_encoder, "pruned": model.encoder}
     report = {
         **{key: getattr(options, key) for key in ("task", "method", "budget", "ragged", "dtype", "seed", "data", "checkpoint")},
-        "achieved": achieved(dense_encoder.shape, model.encoder.shape, METHODS[options.method]),
-        "kept": kept,  # of each constrained cost
-        "expected": expected.tolist(),  # the same in expectation, when the pruning phase ended
-        "metric": {"name": TASKS[options.task], **{split: values[TASKS[options.task]] for split, values in metrics["pruned"].items()}},
-        "metrics": metrics,
-        "skipped": len(corpus.skipped),
-        "skipped_reasons": list(corpus.skipped),
+        "achieved": achieved(dense_encoder.shape, model.encoder.shape, constraints),
+        "kept": [achieved(dense_encoder.shape, model.encoder.shape, [constraint]) for constraint in constraints],
+        "expected": at["expected"],  # of each constrained cost, when the pruning phase ended; `kept` is what it came to
+        "converged": all(abs(share - options.budget) <= CONVERGED for share in at["expected"]),
+        "metric": {"name": TASKS[options.task], **{split: values[TASKS[options.task]] for split, values in metrics.items()}},
+        "metrics": {"dense": at["dense_metrics"], "pruned": metrics},
+        "skipped": len(run.corpus.skipped),
+        "skipped_reasons": list(run.corpus.skipped),
+        "too_long": at["too_long"],  # utterances over --max-seconds, which training left out
         "updates": {phase: getattr(options, f"{phase}_updates") for phase in PHASES},
-        "train_seconds": round(train_seconds, 1),
+        "updates_left_out": at["not_finite"],
+        "processes": ranks(),
+        "train_seconds": round(at["seconds"], 1),
     }
-    encoders = {"dense": dense_encoder, "pruned": model.encoder}
-    seconds = forward_seconds(list(encoders.values()), model.head.weight.device, model.dtype)
+    seconds = forward_seconds(list(encoders.values()), device, model.dtype)
     for (key, encoder), taken in zip(encoders.items(), seconds):
         c = cost(encoder.shape, SAMPLES)
         report[key] = {"macs": c.macs, "params": c.params, "frontend_macs": c.frontend.macs, "frontend_params": c.frontend.params,
@@ -510,7 +855,8 @@ def table(report):
 def make_out(out, shape):
     """Make the folder of a run, where there is room for what it will hold."""
     out.mkdir(parents=True, exist_ok=True)
-    need = 3 * 4 * cost(shape, SAMPLES).params + 2**20  # dense.pt, model.pt and a copy that is being written, in float32
+    # In float32: dense.pt, model.pt, and the training checkpoint (weights and two moments of Adam's) with a copy being written.
+    need = 8 * 4 * cost(shape, SAMPLES).params + 2**20
     free = shutil.disk_usage(out).free
     if free < need:
         raise DataError(f"{out}: {free / 1e6:.0f} MB are free, {need / 1e6:.0f} MB are needed; make room, or give another --out")
@@ -519,11 +865,11 @@ def make_out(out, shape):
 def usable_device(name):
     """The torch.device of this name; of None, a GPU where there is one."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device, dtype=torch.float64).item()  # the counts and the first convolution's statistics need float64
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
         why = str(error).splitlines()[0].split(". ")[0]
-        raise DataError(f"--device {name}: cannot be used here ({why})") from error
+        raise DataError(f"--device {name or 'cuda'}: cannot be used here ({why})") from error
     return device
 
 
@@ -546,7 +892,9 @@ def parse(arguments):
     share = number(float, 0, 1, "a probability")
     rate = number(float, 1e-12, 1, "a learning rate between 0 and 1")
     count = number(int, 0, 10**9, "a whole number from 0")
+    times = number(int, 1, 10**6, "a whole number from 1")
     length = number(float, 0.1, 1e5, "a number of seconds from 0.1")
+    wait = number(float, 0, 1e9, "a number of seconds from 0")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: sys.exit(refuse(message))
@@ -564,10 +912,15 @@ def parse(arguments):
     how.add_argument("--checkpoint", help="pretrained model: Hugging Face, fairseq, torchaudio, or a model.pt or dense.pt of ours")
     how.add_argument("--model", choices=("small", "base"), default="small", help="what to train without a checkpoint (default %(default)s)")
     how.add_argument("--out", help="folder of the run (default runs/TASK-METHOD-BUDGET)")
+    how.add_argument("--resume", action="store_true", help="go on with the run in --out, after whatever stopped it; all other flags as before")
+    how.add_argument("--save-seconds", type=wait, default=600.0, metavar="N", help="how often to write what --resume needs (default %(default)g)")
     how.add_argument("--seed", type=count, default=0)
     how.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     how.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32 (default %(default)s)")
     how.add_argument("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
+    how.add_argument("--max-seconds", type=length, default=30.0, metavar="N", help="leave longer utterances out of training (default %(default)g)")
+    how.add_argument("--accumulate", type=times, default=1, metavar="N", help="batches per update and process (default %(default)s)")
+    how.add_argument("--workers", type=count, default=0, metavar="N", help="processes that load audio beside each that trains (default %(default)s)")
     recipe = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)")
     kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share}
     for name in RECIPES["small"]:
@@ -633,7 +986,7 @@ def refuse(message):
 
 
 def main(arguments=None):
-    """The program; returns its exit status: 0, 2 for what the user can mend, 130 where interrupted."""
+    """The program; returns its exit status: 0, 2 for what the user can mend, 128 and the signal's number where one stopped it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = parse(arguments)
     try:
@@ -643,8 +996,11 @@ def main(arguments=None):
             return run_evaluation(options)
         run(options)
         return 0
-    except (DataError, CheckpointError, BudgetError, OSError) as error:
+    except (DataError, CheckpointError, BudgetError, RunError, OSError) as error:
         return refuse(error)
+    except Stopped as stopped:
+        refuse(stopped)
+        return 128 + stopping[0]
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own only for a GPU's memory
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise

@@ -1,0 +1,387 @@
+"""What a run survives: death at any moment, signals, many processes, numbers that are not finite, a disk that fills up."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import HERE, TINY, tiny
+from test_data import make_digits, make_librispeech
+from test_script import FAST, MAIN, command, refused, report_of, run, small  # noqa: F401
+
+import data
+import sslprune
+from gates import KINDS, Lagrangian
+
+RESUMABLE = ["--layer-drop", "0.3", "--mask-probability", "0.3", "--batch-seconds", "6", "--dense-updates", "3", "--prune-updates", "4", "--finetune-updates", "3"]
+
+
+class Killed(BaseException):
+    """Stands for a death: nothing catches it."""
+
+
+def outcome(out):
+    """What a run leaves, without the times."""
+    report = report_of(out)
+    del report["train_seconds"], report["dense"]["seconds"], report["pruned"]["seconds"]
+    return (out / "model.pt").read_bytes(), (out / "dense.pt").read_bytes() if (out / "dense.pt").exists() else None, report
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [("asr", ["--budget", "0.8"]), ("slu", ["--budget", "0.8", "--method", "sepsize", "--accumulate", "2"]), ("asr", ["--budget", "1"])],
+)
+def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monkeypatch, tmp_path, task, arguments):  # noqa: F811
+    corpus = make_digits(tmp_path / "digits")
+    arguments = ["--task", task, "--data", corpus, "--save-seconds", "0", *arguments, *RESUMABLE]
+    assert run(capsys, *arguments, "--out", tmp_path / "whole")[0] == 0
+    saves, save, step = [], sslprune.Run.save, torch.optim.Adam.step
+    monkeypatch.setattr(sslprune.Run, "save", lambda self: saves.append(self.at["phase"]) or save(self))
+    run(capsys, *arguments, "--out", tmp_path / "counted")
+    assert {"dense", "prune", "finetune", "done"} == set(saves)
+    for moment in range(1, len(saves) + 1):
+        out, countdown = tmp_path / str(moment), [moment]
+
+        def dying(self):
+            save(self)
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                monkeypatch.setattr(torch.optim.Adam, "step", die)  # before the next update, or at once between the phases
+                if self.at["update"] == 0 or moment % 2:
+                    raise Killed
+
+        def die(self):
+            raise Killed
+
+        monkeypatch.setattr(sslprune.Run, "save", dying)
+        try:
+            run(capsys, *arguments, "--out", out)
+        except Killed:
+            pass
+        monkeypatch.setattr(sslprune.Run, "save", save)
+        monkeypatch.setattr(torch.optim.Adam, "step", step)
+        torch.manual_seed(moment)  # whatever the new process begins with
+        status, _, errors = run(capsys, *arguments, "--out", out, "--resume")
+        assert (status, errors) == (0, "")
+        assert outcome(out) == outcome(tmp_path / "whole"), saves[moment - 1]
+
+
+def test_a_run_that_died_before_its_first_save_begins_anew_and_one_that_ended_stays(small, capsys, tmp_path):  # noqa: F811
+    arguments = ["--task", "slu", "--budget", "0.9", *FAST, "--out", tmp_path / "run"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training.state.partial").write_text("half")
+    status, printed, _ = run(capsys, *arguments, "--resume")
+    assert status == 0
+    assert "nothing to resume" in printed
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    status, printed, _ = run(capsys, *arguments, "--resume")
+    assert status == 0
+    assert "has run to its end" in printed
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.fixture
+def dead(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+    """A run that died in its pruning phase: the arguments that began it."""
+    arguments = ["--task", "slu", "--budget", "0.9", "--data", make_digits(tmp_path / "digits"), *FAST, "--out", tmp_path / "run"]
+    enter = sslprune.Run.enter
+
+    def dying(self, phase, **found):
+        enter(self, phase, **found)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sslprune.Run, "enter", dying)
+        with pytest.raises(Killed):
+            run(capsys, *arguments)
+    capsys.readouterr()
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--seed", "1"], ["--seed 0", "1"]),
+        (["--budget", "0.8"], ["--budget 0.9", "0.8"]),
+        (["--finetune-updates", "9"], ["--finetune-updates 2", "9"]),
+        (["--dtype", "bfloat16"], ["--dtype float32"]),
+        (["--skip-bad"], ["--skip-bad"]),
+    ],
+)
+def test_resuming_with_other_flags_is_refused_with_the_difference(dead, capsys, changed, words):
+    refused(run(capsys, *dead, "--resume", *changed), *words)
+
+
+def test_flags_that_change_no_result_may_change(dead, capsys):
+    assert run(capsys, *dead, "--resume", "--save-seconds", "5", "--device", "cpu")[0] == 0
+
+
+def test_resuming_with_a_damaged_state_or_another_corpus_or_none_is_refused(dead, capsys, tmp_path):
+    os.remove(tmp_path / "digits" / "recordings" / "3_ann_10.wav")
+    refused(run(capsys, *dead, "--resume"), "digits")
+    state = tmp_path / "run" / "training.state"
+    whole = state.read_bytes()
+    for damaged in (whole[:-1], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], b""):
+        state.write_bytes(damaged)
+        refused(run(capsys, *dead, "--resume"), "training.state", "damaged")
+    state.unlink()
+    refused(run(capsys, *dead, "--resume"), "training.state")
+    refused(run(capsys, *dead), "--out")
+
+
+def test_without_resume_a_run_that_died_is_left_alone_and_resume_named(dead, capsys, tmp_path):
+    before = (tmp_path / "run" / "training.state").read_bytes()
+    refused(run(capsys, *dead), "--resume")
+    assert (tmp_path / "run" / "training.state").read_bytes() == before
+
+
+def test_headers_are_read_once(dead, capsys, monkeypatch, tmp_path):
+    known = json.loads((tmp_path / "run" / "headers.json").read_text())
+    assert len(known) == 140
+    monkeypatch.setattr(data.soundfile, "info", lambda path: pytest.fail("read again"))
+    assert run(capsys, *dead, "--resume")[0] == 0
+    monkeypatch.undo()
+    path = tmp_path / "digits" / "recordings" / "3_ann_10.wav"
+    data.soundfile.write(path, np.ones(800), 8_000)  # a changed file is not what is known of it
+    assert data.header(path, known) == [800, 8_000, 1]
+    (tmp_path / "headers.json").write_text('{"a": [1]}')
+    with pytest.raises(data.DataError, match="damaged"):
+        data.read_headers(tmp_path / "headers.json")
+
+
+SLOW = (  # a process that trains for long enough to be met in the middle
+    f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]; import data, sslprune; from conftest import TINY; from dataclasses import replace\n"
+    "data.DEMO_SIZES = {'train': 40, 'dev': 5, 'test': 6}; sslprune.SMALL = replace(TINY, units=(60,) * 3)\n"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_run_and_says_how_to_go_on(tmp_path, number):
+    arguments = ["--task", "asr", "--budget", "0.8", "--dense-updates", "100000", "--prune-updates", "1", "--finetune-updates", "1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-c", SLOW + "sys.exit(sslprune.main(sys.argv[1:]))", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "phase 1" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    time.sleep(1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.count("\n") == 1
+    updates = int(re.search(rf"{number.name} .* at dense (\d+)/100000; .*--resume", errors)[1])
+    state = sslprune.read_state(tmp_path / "run", sslprune.parse([*arguments, "--resume"]))
+    assert state["at"]["update"] == updates > 0
+
+
+def test_a_disk_that_fills_up_while_training_leaves_the_last_state(tmp_path):
+    """A limit on the size of files is the nearest to a full disk that a test may make: the moments of Adam do not fit."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+    code, out = "sys.exit(sslprune.main(sys.argv[1:]))", tmp_path / "run"
+    arguments = ["--task", "asr", "--budget", "0.8", *FAST, "--out", str(out)]
+    result = subprocess.run([sys.executable, "-c", SLOW + limit + code, *arguments], capture_output=True, text=True, check=False)
+    refused((result.returncode, result.stdout, result.stderr), "training.state", "large")
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "training.state"]
+    result = subprocess.run([sys.executable, "-c", SLOW + code, *arguments, "--resume"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "goes on at dense 0/2" in result.stdout
+
+
+# --- Many processes ---
+
+RANKS = SLOW + (
+    "import torch, gates, torch.distributed as dist\n"
+    "harden = sslprune.gates.harden\n"
+    "def spy(found, *rest):\n"
+    "    values = {str(place): gate.log_alpha.detach().clone() for place, gate in found.items()}\n"
+    "    torch.save([values, torch.get_rng_state()], sys.argv[1] + f'/gates-{dist.get_rank()}.pt')\n"
+    "    harden(found, *rest)\n"
+    "sslprune.gates.harden = spy\n"
+    "sys.exit(sslprune.main(sys.argv[2:]))\n"
+)
+
+
+def torchrun(tmp_path, count, *arguments, code=RANKS):
+    (tmp_path / "ranks.py").write_text(code)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run([sys.executable, *launch, str(tmp_path / "ranks.py"), str(tmp_path), *map(str, arguments)], capture_output=True, text=True, check=False, timeout=200)
+
+
+def test_two_processes_have_equal_gates_and_the_evaluation_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    corpus = make_librispeech(tmp_path / "corpus", 9)
+    arguments = ["--task", "asr", "--budget", "0.8", "--data", corpus, *RESUMABLE, "--out", tmp_path / "run"]
+    result = torchrun(tmp_path, 2, *arguments)
+    assert result.returncode == 0, result.stderr
+    (first, random), (second, other) = (torch.load(tmp_path / f"gates-{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[place], second[place]) for place in first)
+    assert not torch.equal(random, other)  # masks and samples are each rank's own
+    assert result.stdout.count("hardened and sliced") == 1
+    report = report_of(tmp_path / "run")
+    assert report["processes"] == 2
+    model = sslprune.load(tmp_path / "run" / "model.pt")
+    alone = sslprune.evaluate(model, data.open_corpus(corpus, "asr"), "test", 6.0)
+    assert report["metrics"]["pruned"]["test"] == alone
+
+
+def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
+    dying = SLOW + (
+        "import os, torch\n"
+        "step = torch.optim.Adam.step\n"
+        "def die(self):\n"
+        "    if os.environ['RANK'] == '1': os._exit(9)\n"
+        "    return step(self)\n"
+        "torch.optim.Adam.step = die\n"
+        "sys.exit(sslprune.main(sys.argv[2:]))\n"
+    )
+    result = torchrun(tmp_path, 2, "--task", "asr", "--budget", "0.8", *FAST, "--out", tmp_path / "run", code=dying)
+    assert result.returncode != 0
+    assert "sslprune: another process of this run has ended" in result.stderr
+    assert 'sslprune.py", line' not in result.stderr
+
+
+def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+    """Three batches per update, of one process or of three: each batch of an epoch once, the last update of what is left."""
+    seen, load_batches = {}, sslprune.load_batches
+    for ranks, accumulate in ((1, 3), (3, 1)):
+        for rank in range(ranks):
+            loads, counts = [], []
+            with monkeypatch.context() as patch:
+                patch.setattr(sslprune, "ranks", lambda: ranks)
+                patch.setattr(sslprune, "rank", lambda: rank)
+                patch.setattr(sslprune, "gather", lambda item: [item] * ranks)
+                patch.setattr(sslprune, "evaluate", lambda *a: {"word_error_rate": 0.0})
+                patch.setattr(sslprune, "write", lambda *a: None)
+                patch.setattr(sslprune, "load_batches", lambda *a: loads.append([tuple(u.name for u in b) for b in a[1]]) or load_batches(*a))
+                patch.setattr(sslprune, "update", lambda optimizer, w, o, loss, count, at: counts.append(count) or at.update(update=at["update"] + 1))
+                arguments = ["--task", "asr", "--budget", "1", "--accumulate", accumulate, "--batch-seconds", "5", "--out", tmp_path / f"{ranks}-{rank}"]
+                assert run(capsys, *arguments, "--dense-updates", "12", "--prune-updates", "0", "--finetune-updates", "0")[0] == 0
+            seen[ranks, rank] = loads, counts
+    together, counts = seen[1, 0]
+    for epoch, batches in enumerate(together):
+        names = [name for batch in batches for name in batch]
+        assert len(names) == len(set(names)) == 40
+        parts = [seen[3, rank][0][epoch] for rank in range(3)]
+        assert sorted(batches) == sorted(batch for part in parts for batch in part)
+        assert parts[1] == batches[1::3]
+    assert 3 in counts
+    assert min(counts) in (1, 2) or all(len(batches) % 3 == 0 for batches in together)
+
+
+def test_accumulated_gradients_are_those_of_the_mean_over_batches():
+    model = sslprune.SpeechModel(tiny(), "slu", ["a", "b"])
+    weights = list(model.parameters())
+    waveforms, batch = torch.randn(2, 4_000), [data.Utterance("", (), 0.25, "", intent) for intent in "ab"]
+    parts = []
+    for i in range(2):
+        model.zero_grad()
+        model.loss(waveforms[i : i + 1], torch.tensor([4_000]), batch[i : i + 1]).backward()
+        parts.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights])
+    for p, a, b in zip(weights, *parts):
+        p.grad = a + b
+    norm = torch.linalg.vector_norm(torch.stack([(a + b).norm() / 2 for a, b in zip(*parts)]))
+    at = {"update": 0, "not_finite": 0, "not_finite_in_a_row": 0}
+    sslprune.update(torch.optim.SGD(weights, lr=0.0), weights, [], 1.0, 2, at)
+    for p, a, b in zip(weights, *parts):
+        assert torch.allclose(p.grad, (a + b) / 2 * min(1, sslprune.CLIP / (norm + 1e-6)), atol=1e-7)
+
+
+# --- Numbers that are not finite ---
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "gate"])
+def test_an_update_that_is_not_finite_is_left_out_and_counted(small, capsys, monkeypatch, tmp_path, where):  # noqa: F811
+    calls, loss = [], sslprune.SpeechModel.loss
+
+    def sometimes(self, *arguments):
+        calls.append(1)
+        value = loss(self, *arguments)
+        if len(calls) != 6:
+            return value
+        if where == "loss":
+            return value * torch.nan
+        victim = self.head.weight if where == "gradient" else self.encoder.gates["units", 0].log_alpha
+        return value + (victim - victim.detach()).abs().sqrt().sum()  # 0, with an infinite slope
+
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", sometimes)
+    updates = ["--dense-updates", "4", "--prune-updates", "4", "--finetune-updates", "4"]
+    status, printed, _ = run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "run", *updates)
+    assert status == 0
+    assert printed.count("left out") == 1
+    assert report_of(tmp_path / "run")["updates_left_out"] == 1
+    assert all(tensor.isfinite().all() for tensor in sslprune.load(tmp_path / "run" / "model.pt").state_dict().values())
+
+
+def test_many_updates_in_a_row_that_are_not_finite_stop_the_run(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", lambda self, *a: self.head.weight.sum() * torch.inf)
+    status, _, errors = run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "run", "--dense-updates", "50")
+    refused((status, "", errors.splitlines()[-1] + "\n"), "20 updates in a row", "--dense-lr")
+
+
+def test_ctc_with_too_few_frames_is_finite():
+    model = sslprune.SpeechModel(tiny(), "asr", data.VOCABULARY)
+    waveforms, batch = torch.randn(2, 720), [data.Utterance("", (), 0.045, text) for text in ("A", "FAR TOO LONG FOR TWO FRAMES")]
+    loss = model.loss(waveforms, torch.tensor([720, 720]), batch)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_convolution_whose_gates_all_shut_neither_spoils_training_nor_the_sliced_model():
+    model = tiny(KINDS["mac"])
+    model.train()
+    torch.nn.init.constant_(model.gates["channels", 3].log_alpha, -20)
+    model.frontend.gates[6].log_alpha.data.fill_(-20)
+    features, _ = model(torch.randn(2, 4_000), torch.tensor([4_000, 3_000]))
+    (features.square().mean() + Lagrangian(TINY, "mac", 0.5)(model.gates, 1.0)).backward()
+    assert features.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    sslprune.gates.harden(model.gates, TINY, "mac", 0.5)
+    sliced = model.eval().slice()
+    assert min(sliced.shape.channels) >= 1
+    assert sliced(torch.randn(1, 4_000))[0].std() > 0
+
+
+def test_a_constraint_that_has_not_converged_is_reported_with_what_to_change(small, capsys, tmp_path):  # noqa: F811
+    _, printed, _ = run(capsys, "--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", *FAST)
+    assert "has not converged" in printed
+    assert "--prune-updates" in printed
+    assert report_of(tmp_path / "run")["converged"] is False
+    options = sslprune.parse(["--task", "slu", "--budget", "0.8"])
+    capsys.readouterr()
+    sslprune.warn_unless_converged([0.79], options)
+    assert capsys.readouterr().out == ""
+
+
+def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+    seen, load_batches = set(), sslprune.load_batches
+    monkeypatch.setattr(sslprune, "load_batches", lambda *a: seen.update(u.sources[0].parts[-4] + u.name for b in a[1] for u in b) or load_batches(*a))
+    corpus = make_librispeech(tmp_path / "corpus", 6)  # 0.5 s to 1 s
+    assert run(capsys, "--task", "asr", "--budget", "0.9", "--data", corpus, "--max-seconds", "0.75", *FAST, "--out", tmp_path / "run")[0] == 0
+    assert report_of(tmp_path / "run")["too_long"] == 3
+    assert report_of(tmp_path / "run")["skipped"] == 0
+    assert sum(name.startswith("train") for name in seen) == 3
+    assert sum(name.startswith("test") for name in seen) == 6
+
+
+def test_worker_processes_load_the_same(small, capsys, tmp_path):  # noqa: F811
+    for workers in (0, 2):
+        assert run(capsys, "--task", "slu", "--budget", "0.9", "--workers", workers, *FAST, "--out", tmp_path / str(workers))[0] == 0
+    assert outcome(tmp_path / "0") == outcome(tmp_path / "2")
+
+
+def test_nothing_stays_on_the_cpu_that_belongs_on_a_device():
+    """The meta device stands in for a GPU: a tensor that was left behind raises."""
+    model = sslprune.SpeechModel(tiny(), "slu", ["a", "b"])
+    model.encoder.add_gates(KINDS["mac"])
+    model.encoder.layer_drop, model.encoder.projection.mask_probability = 0.1, 0.5
+    lagrangian = Lagrangian(TINY, "mac", 0.5).to("meta")
+    model.to("meta").train()
+    waveforms, batch = torch.zeros(2, 4_000, device="meta"), [data.Utterance("", (), 0.25, "", intent) for intent in "ab"]
+    for lengths in (torch.tensor([4_000, 4_000]), torch.tensor([4_000, 3_000])):
+        (model.loss(waveforms, lengths, batch) + lagrangian(model.encoder.gates, 1.0)).backward()
+    assert {p.grad.device.type for p in model.encoder.frontend.parameters()} == {"meta"}
+    assert lagrangian.multipliers.grad.device.type == "meta"
