@@ -20,6 +20,7 @@ import torch
 log = logging.getLogger("sslprune")
 
 SAMPLE_RATE = 16_000  # Hz; flops.py has it too, since neither imports the other
+LONGEST = 3600  # s of a file: attention takes the square of its length, and an hour takes an hour of a processor
 JITTER = 0.1  # of the lengths by which batches are formed
 BAD_SHARE = 0.01  # of a corpus: with more bad utterances than this something is wrong with all of it
 
@@ -53,7 +54,8 @@ class Corpus:
     skipped: dict = field(default_factory=dict)  # the reasons, each with its file, in order; the values mean nothing
 
     def skip(self, reason):
-        """Leave something out, for a reason that names it."""
+        """Leave something out, for a reason that names it. What it quotes may come from any file, and goes to a terminal."""
+        reason = "".join(c if c.isprintable() else "?" for c in reason)
         if reason not in self.skipped:
             self.skipped[reason] = True
             if len(self.skipped) <= 20:  # all of them are in the report
@@ -76,7 +78,11 @@ def read_audio(path):
     """
     try:
         with soundfile.SoundFile(path) as file:
-            samples, rate, promised = file.read(dtype="float32", always_2d=True), file.samplerate, file.frames
+            rate, promised = file.samplerate, file.frames
+            check_length(path, promised, rate, file.channels)
+            # Piece by piece, since a header may promise what the file does not hold.
+            pieces = [piece.mean(axis=1) for piece in file.blocks(2**20, dtype="float32", always_2d=True)]
+            samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
             shortened = re.search(r"should be|truncated", file.extra_info, re.IGNORECASE)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path}: {_why_unreadable(path, error)}") from error
@@ -86,7 +92,15 @@ def read_audio(path):
         raise DataError(f"{path}: is truncated")
     if not np.isfinite(samples).all():
         raise DataError(f"{path}: holds values that are not finite")
-    return resample(samples.mean(axis=1), rate)
+    return resample(samples, rate)
+
+
+def check_length(path, frames, rate, channels):
+    """Raise DataError for a header that promises more than can be speech, before anything is allocated for it."""
+    if not 1_000 <= rate <= 1_000_000 or channels > 1_000:
+        raise DataError(f"{path}: {rate} Hz with {channels} channels is no recording of speech")
+    if frames > LONGEST * rate:
+        raise DataError(f"{path}: is longer than {LONGEST} s; cut it up")
 
 
 def _why_unreadable(path, error):
@@ -307,6 +321,7 @@ def _checked(utterance, task, headers, said):
     frames, rate, channels = header(path, headers)
     if frames == 0:
         raise DataError(f"{path}: is empty")
+    check_length(path, frames, rate, channels)
     change = [f"{rate} Hz, resampled to {SAMPLE_RATE}"] * (rate != SAMPLE_RATE)
     change += [f"{channels} channels, mixed down"] * (channels > 1)
     if change and tuple(change) not in said:
@@ -355,7 +370,9 @@ def read_slurp(root, split, subsets, skip):
                 entry = json.loads(line)
                 scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
                 files = [str(recording["file"]) for recording in entry["recordings"]]
-            except (ValueError, KeyError, TypeError) as error:
+                if not (scenario and action and f"{scenario}{action}".isprintable()):
+                    raise ValueError("scenario or action is no name")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 skip(f"{path}: line {number} is not an annotation of SLURP's ({error!r})")
                 continue
             for file in files:

@@ -148,7 +148,7 @@ def load(path):
     if contents.get("format") != "sslprune":
         raise CheckpointError(f"{path}: is no model.pt that sslprune wrote; --predict and --evaluate take no other")
     task, labels = contents.get("task"), contents.get("labels")
-    named = isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
+    named = isinstance(labels, list) and labels and all(isinstance(label, str) and label.isprintable() for label in labels)
     if not (task == "slu" and named or task == "asr" and labels == data.VOCABULARY):
         raise CheckpointError(f"{path}: its task or labels are none that sslprune writes")
     shape, weights = unpack(contents, path)

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -288,8 +289,7 @@ def load_pretrained(path):
         contents = contents["model"]
     weights, ignored = translate(contents, path)
     if ignored:
-        shown = ", ".join(ignored[:8]) + (f" and {len(ignored) - 8} more" if len(ignored) > 8 else "")
-        log.info("%s: left out what the encoder has no use for: %s", path, shown)
+        log.info("%s: left out what the encoder has no use for, %d entries: %s", path, len(ignored), _shown(ignored))
     shape = infer_shape(weights, config, path)
     weights.setdefault("projection.scale", torch.ones(shape.channels[-1]))
     if "projection.mask_embedding" not in weights:  # torchaudio's models have none
@@ -314,7 +314,7 @@ def find_checkpoint(path):
         return path, {}
     try:
         config = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{config}: is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{config}: is not a model's configuration")
@@ -327,22 +327,48 @@ def read_checkpoint(path):
         start = file.read(9)
     if start[8:9] == b"{":
         return _read_safetensors(path)
+    size = Path(path).stat().st_size
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(record.file_size for record in archive.infolist())
+            if unpacked > size:  # torch.save does not compress
+                raise CheckpointError(f"{path}: claims {unpacked} bytes in a file of {size}; torch.save writes no such file")
         with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings(action="ignore"):
             contents = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
         why = f"holds an object of type {refused[1]}, which is not loaded" if refused else "is damaged, or not a file of torch.save"
         raise CheckpointError(f"{path}: {why}") from error
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path}: holds a {type(contents).__name__}, not a model's weights")
+    for tensors in (contents, *(contents.get(key) for key in ("model", "weights"))):  # where the layouts have their tensors
+        for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
+            if isinstance(tensor, torch.Tensor) and not _is_plain(tensor, size):
+                raise CheckpointError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
     return contents
+
+
+def _is_plain(tensor, size):
+    """Whether a tensor is one of numbers that are all in a file of `size` bytes: not sparse, quantized or repeated by its strides."""
+    strided = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return strided and not tensor.is_complex() and tensor.numel() * tensor.element_size() <= size
+
+
+def _shown(keys):
+    """The first of some keys, for an error: they come from a file, and may be anything."""
+    shown = ", ".join("".join(c if c.isprintable() else "?" for c in str(key))[:80] for key in keys[:4])
+    return shown + (" and more" if len(keys) > 4 else "")
 
 
 def _read_safetensors(path):
     """name -> tensor. The layout: 8 bytes of header length, a JSON header, the tensors' bytes."""
-    data = bytearray(Path(path).read_bytes())
-    tensors = {}
+    tensors, used = {}, 0
+    data = bytearray(Path(path).stat().st_size)
+    with open(path, "rb") as file:
+        file.readinto(data)
     try:
         start = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:start])
@@ -351,10 +377,13 @@ def _read_safetensors(path):
             dtype, sizes, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             count = torch.empty(sizes, device="meta").numel()
             if not 0 <= begin <= end <= len(data) - start or end - begin != count * dtype.itemsize:
-                raise ValueError(f"{name} lies outside of the file")
+                raise ValueError(f"{_shown([name])} lies outside of the file")
+            used += end - begin
+            if used > len(data):
+                raise ValueError(f"{_shown([name])} lies where another tensor is")
             tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin).view(sizes) if count else torch.empty(sizes)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is damaged, or not a safetensors file ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: is damaged, or not a safetensors file ({_shown([error])})") from error
     return tensors
 
 
@@ -366,11 +395,11 @@ def translate(contents, path):
         if ours is not None and isinstance(tensor, torch.Tensor):
             weights[ours] = tensor.float()
         elif INSIDE.match(str(key)):
-            raise CheckpointError(f"{path}: {key} does not belong to wav2vec2-base or HuBERT-base; no other architecture is read")
+            raise CheckpointError(f"{path}: {_shown([key])} does not belong to wav2vec2-base or HuBERT-base; no other architecture is read")
         else:
             ignored.append(str(key))
     if not weights:
-        found = ", ".join(ignored[:4]) or "nothing"
+        found = _shown(ignored) or "nothing"
         raise CheckpointError(f"{path}: holds no wav2vec2 weights of Hugging Face, fairseq, torchaudio or sslprune, but {found}")
     return weights, ignored
 
@@ -380,11 +409,13 @@ def infer_shape(weights, config, path):
     base_like = {"do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu", "feat_extract_activation": "gelu"}
     for name, value in base_like.items():
         if config.get(name, value) != value:
-            raise CheckpointError(f"{path}: its config.json has {name} = {config[name]}; wav2vec2-base and HuBERT-base have {value}")
+            raise CheckpointError(f"{path}: its config.json has {name} = {_shown([config[name]])}; wav2vec2-base and HuBERT-base have {value}")
 
     def sizes(stack, name, dimension):
         """Of this tensor in every member of a stack of modules; a member that lacks it raises KeyError."""
         numbers = [int(key.split(".")[stack.count(".") + 1]) for key in weights if key.startswith(stack + ".")]
+        if max(numbers, default=0) >= len(weights):
+            raise ValueError(f"{stack} {max(numbers)} is there, and those before it are not")
         return [weights[f"{stack}.{number}.{name}"].shape[dimension] for number in range(max(numbers, default=-1) + 1)]
 
     try:
@@ -403,7 +434,7 @@ def infer_shape(weights, config, path):
         })  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{path}: lacks {error.args[0]}") from error
-    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{path}: its tensors do not make a wav2vec2-base-like model ({error})") from error
 
 
@@ -415,12 +446,14 @@ def unpack(contents, path):
         raise CheckpointError(f"{path}: is not a complete model.pt ({error})") from error
     for key, tensor in weights.items():
         if not (isinstance(key, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
-            raise CheckpointError(f"{path}: is not a complete model.pt ({key!r} is not the name of a tensor of floating-point numbers)")
+            raise CheckpointError(f"{path}: is not a complete model.pt ({_shown([key])} is not the name of a tensor of floating-point numbers)")
     return shape, {key: tensor.float() for key, tensor in weights.items()}
 
 
 def build(make, shape, weights, path):
     """make(shape), a module, with these weights, in evaluation mode. Every tensor must be there and of the right size."""
+    if len(shape.channels) + len(shape.heads) > len(weights):  # each has several tensors; and a million would take hours to make
+        raise CheckpointError(f"{path}: lacks the tensors of the layers that its shape promises")
     try:
         # On "meta": no memory, no time, as every tensor is assigned below. torch warns of layers without units.
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
@@ -436,6 +469,6 @@ def build(make, shape, weights, path):
     problems = {"lacks": missing, "has a wrong size for": wrong, "has no place for": surplus, "has values that are not finite in": infinite}
     for what, keys in problems.items():
         if keys:
-            raise CheckpointError(f"{path}: {what} {', '.join(keys[:4])}{' and more' if len(keys) > 4 else ''}")
+            raise CheckpointError(f"{path}: {what} {_shown(keys)}")
     model.load_state_dict(weights, assign=True)
     return model.eval()

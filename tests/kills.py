@@ -54,7 +54,7 @@ def main():
         while True:
             process = start(killed, arguments.flags)
             # So that the deaths are spread over the whole run: each life begins with some five seconds of imports and reading.
-            wait = rng.uniform(0, 2 * (5 + 0.6 * seconds / arguments.kills)) if kills < arguments.kills else None
+            wait = rng.uniform(0, 2 * (5 + 0.4 * seconds / arguments.kills)) if kills < arguments.kills else None
             try:
                 printed, _ = process.communicate(timeout=wait)
             except subprocess.TimeoutExpired:
