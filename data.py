@@ -373,11 +373,11 @@ def read_slurp(root, split, subsets, skip):
                 if not (scenario and action and f"{scenario}{action}".isprintable()):
                     raise ValueError("scenario or action is no name")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                skip(f"{path}: line {number} is not an annotation of SLURP's ({error!r})")
+                skip(f"{path}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
                 continue
             for file in files:
-                if Path(file).name != file:
-                    skip(f"{path}: line {number} names a recording outside of the corpus: {file!r}")
+                if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
+                    skip(f"{path}: line {number} names no recording of the corpus: {file[:80]!r}")
                     continue
                 place = next((folder / file for folder in audio if (folder / file).is_file()), audio[0] / file)
                 yield Utterance(file, (place,), 0.0, text, f"{scenario}_{action}")

@@ -379,7 +379,7 @@ def _read_safetensors(path):
             if not 0 <= begin <= end <= len(data) - start or end - begin != count * dtype.itemsize:
                 raise ValueError(f"{_shown([name])} lies outside of the file")
             used += end - begin
-            if used > len(data):
+            if used > len(data) - start:
                 raise ValueError(f"{_shown([name])} lies where another tensor is")
             tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin).view(sizes) if count else torch.empty(sizes)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -208,6 +209,42 @@ def test_a_safetensors_header_longer_than_the_file_is_refused(tmp_path):
         refused(path)
 
 
+def test_safetensors_that_share_their_bytes_are_refused(golden, tmp_path):
+    path, entry = tmp_path / "model.safetensors", {"dtype": "F32", "shape": [128], "data_offsets": [0, 512]}
+    tensors = state_dict(golden, "hf_base")
+    write_safetensors(path, tensors, **{f"quantizer.{i}": entry for i in range(5)})
+    refused(path, "damaged", "another tensor")
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"weights": torch.zeros(2**20)}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for record in whole.infolist():
+            bomb.writestr(record.filename, whole.read(record))
+    assert (tmp_path / "bomb.pt").stat().st_size < 20_000
+    refused(tmp_path / "bomb.pt", "claims 4")
+
+
+@pytest.mark.parametrize("how", ["repeated", "sparse", "complex", "many layers"])
+def test_tensors_that_are_not_in_the_file_are_refused(tmp_path, how):
+    encoder = tiny()
+    contents = {"format": "sslprune", "shape": TINY.as_dict(), "weights": {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}}
+    if how == "many layers":
+        contents["shape"] |= {"heads": [1] * 300_000, "units": [1] * 300_000}
+    else:
+        changed = {"repeated": torch.ones(1).half().expand(2**45), "sparse": torch.eye(32).to_sparse(), "complex": torch.ones(32, dtype=torch.complex64)}
+        contents["weights"]["encoder.norm.weight"] = changed[how]
+    torch.save(contents, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "layers" if how == "many layers" else "encoder.norm.weight")
+
+
+def test_names_from_a_file_cannot_steer_a_terminal(tmp_path):
+    torch.save({"\x1b[2Jweight\n": torch.ones(3)}, tmp_path / "escape.pt")
+    refused(tmp_path / "escape.pt", "?[2Jweight?")
+    torch.save({"encoder.\x1b[2J": torch.ones(3)}, tmp_path / "escape.pt")
+    refused(tmp_path / "escape.pt", "encoder.?[2J")
+
+
 @pytest.mark.parametrize(("name", "value"), [("do_stable_layer_norm", True), ("feat_extract_norm", "layer"), ("conv_bias", True), ("hidden_act", "relu")])
 def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, value):
     path = write_layout(tmp_path, golden, "hf_base") / "config.json"
@@ -215,7 +252,7 @@ def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, val
     refused(tmp_path / "model.safetensors", name)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"num_attention_heads": 0}', '{"num_attention_heads": "two"}', '{"conv_stride": 5}'])
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"num_attention_heads": 1e400}', '{"conv_stride": [1e400]}', '{"num_attention_heads": 0}', '{"num_attention_heads": "two"}', '{"conv_stride": 5}'])
 def test_a_damaged_config_is_refused(golden, tmp_path, text):
     (write_layout(tmp_path, golden, "hf_base") / "config.json").write_text(text)
     with pytest.raises(CheckpointError):

@@ -1,6 +1,7 @@
 """Audio, corpora in the layouts in which people have them, batches, and error rates worked out by hand."""
 
 import json
+import struct
 from functools import cache
 
 import numpy as np
@@ -262,7 +263,7 @@ def test_slurp_without_its_audio_and_with_names_that_leave_it(tmp_path):
     speak(secret)
     path = tmp_path / "dataset" / "slurp" / "train.jsonl"
     lines = path.read_text().splitlines()
-    for i, name in enumerate(["../../secret.flac", str(secret), "..", ""]):
+    for i, name in enumerate(["../../secret.flac", str(secret), "..", "", "a\0.flac", "\x1b[2J.flac", "a" * 300]):
         entry = json.loads(lines[0])
         entry["recordings"] = [{"file": name}]
         path.write_text("\n".join([*lines, json.dumps(entry)]))
@@ -275,13 +276,35 @@ def test_slurp_without_its_audio_and_with_names_that_leave_it(tmp_path):
         open_corpus(tmp_path, "slu")
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "7", '{"scenario": "a"}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": [{}]}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": 5}'])
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"scenario": "\\u001b[2J", "action": "x", "sentence": "x", "recordings": []}', '{"scenario": "", "action": "x", "sentence": "x", "recordings": []}', "{", "[]", "7", '{"scenario": "a"}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": [{}]}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": 5}'])
 def test_a_malformed_annotation_is_skipped_with_its_line(tmp_path, line):
     path = make_slurp(tmp_path) / "dataset" / "slurp" / "train.jsonl"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=r"1 of 19 .*train.jsonl: line 4"):
         open_corpus(tmp_path, "slu")
     assert len(open_corpus(tmp_path, "slu", skip_bad=True).train(0)) == 6
+
+
+@pytest.mark.parametrize(("rate", "channels", "frames"), [(16_000, 1, 2**31 - 100), (1, 1, 8_000), (2**31 - 1, 1, 8_000), (16_000, 2_000, 10**6)])
+def test_audio_headers_that_promise_too_much_are_refused_before_anything_is_allocated(tmp_path, rate, channels, frames):
+    path = tmp_path / "x.wav"
+    size = min(2**32 - 100, frames * channels)
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", size + 36, b"WAVE", b"fmt ", 16, 1, channels, rate, min(2**32 - 1, rate * channels), channels, 8, b"data", size)
+    path.write_bytes(head + bytes(16_000))
+    with pytest.raises(DataError, match="x.wav: "):
+        data.read_audio(path)
+    if (rate, channels) != (16_000, 1):  # of that one, libsndfile tells what the file really holds
+        with pytest.raises(DataError, match="no recording of speech|not readable"):
+            data._checked(data.Utterance("x", (path,), 0.0), "slu", {}, set())
+    with pytest.raises(DataError, match="3600"):
+        data.check_length(path, 16_000 * 3601, 16_000, 1)
+
+
+def test_what_is_skipped_is_said_without_control_characters(caplog):
+    corpus = data.Corpus("x")
+    corpus.skip("a\x1b[2Jb\r\u202ec")
+    assert list(corpus.skipped) == ["a?[2Jb??c"]
+    assert "\x1b" not in caplog.text
 
 
 def make_digits(root):

@@ -136,7 +136,7 @@ def test_the_target_warms_up_linearly_from_nothing(small, capsys, monkeypatch, t
     assert seen == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("changed", [{"labels": 5}, {"labels": []}, {"labels": [1, 2]}, {"task": []}, {"task": "asr"}, {"task": None}, {"format": "x"}])
+@pytest.mark.parametrize("changed", [{"labels": 5}, {"labels": ["\x1b[2J", "no"]}, {"labels": []}, {"labels": [1, 2]}, {"task": []}, {"task": "asr"}, {"task": None}, {"format": "x"}])
 def test_a_model_whose_task_or_labels_are_wrong_is_refused(capsys, tmp_path, changed):
     model = sslprune.SpeechModel(tiny(), "slu", ["yes", "no"])
     model.save(tmp_path / "model.pt")
