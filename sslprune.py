@@ -304,8 +304,10 @@ PHASES = {
 }
 
 
-def load_batches(model, batches, workers=0):
-    """An iterator over what data.Loader makes of these batches, in `workers` processes or in this one."""
+def load_batches(model, batches, workers=None):
+    """An iterator over what data.Loader makes of these batches, in `workers` processes; 0: in this one. None: 4 beside a GPU, else 0."""
+    if workers is None:
+        workers = 4 if model.head.weight.is_cuda else 0
     own = torch.Generator()  # or an iterator would draw from the global one, and a resumed epoch needs one iterator more
     return torch.utils.data.DataLoader(data.Loader(batches), batch_size=None, num_workers=workers, generator=own)
 
@@ -552,9 +554,9 @@ def check_settings(options, state, out):
     """Refuse to go on with a run with other flags than its own."""
     now, then = settings(options), state["settings"]
     for name in now:
-        if now[name] != then[name]:
+        if now[name] != then.get(name):
             flag = "torchrun's --nproc-per-node" if name == "processes" else f"--{name.replace('_', '-')}"
-            raise RunError(f"{out}: was started with {flag} {then[name]}, and cannot go on with {now[name]}; give the run's own, or another --out")
+            raise RunError(f"{out}: was started with {flag} {then.get(name)}, and cannot go on with {now[name]}; give the run's own, or another --out")
 
 
 stopping = []  # the signals that asked this process to stop
@@ -741,11 +743,12 @@ def run_phases(run, start):
     announce("finetune", None if options.budget < 1 else "train the dense model on")
     train(run)
     save_model(model, out / "model.pt")  # before all that remains, so that nothing can lose it
-    report = make_report(run, evaluate_both(run))
+    metrics = evaluate_both(run)
     if not rank():
+        report = make_report(run, metrics)
         write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+        log.info("\n%s\n\n%s\n", picture(report), table(report))
     run.enter("done")
-    log.info("\n%s\n\n%s\n", picture(report), table(report))
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
     log.info("%s: model.pt, report.json, log.txt%s  (%d:%02d)", out, ", dense.pt" if "dense" in phases else "", minutes, seconds)
 
@@ -865,11 +868,13 @@ def make_out(out, shape):
 def usable_device(name):
     """The torch.device of this name; of None, a GPU where there is one."""
     try:
-        device = torch.device(name or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"))
+        if name in (None, "cuda"):
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name or torch.cuda.is_available() else "cpu"  # torchrun sets it
+        device = torch.device(name)
         torch.zeros(1, device=device, dtype=torch.float64).item()  # the counts and the first convolution's statistics need float64
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
         why = str(error).splitlines()[0].split(". ")[0]
-        raise DataError(f"--device {name or 'cuda'}: cannot be used here ({why})") from error
+        raise DataError(f"--device {name}: cannot be used here ({why})") from error
     return device
 
 
@@ -920,7 +925,7 @@ def parse(arguments):
     how.add_argument("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
     how.add_argument("--max-seconds", type=length, default=30.0, metavar="N", help="leave longer utterances out of training (default %(default)g)")
     how.add_argument("--accumulate", type=times, default=1, metavar="N", help="batches per update and process (default %(default)s)")
-    how.add_argument("--workers", type=count, default=0, metavar="N", help="processes that load audio beside each that trains (default %(default)s)")
+    how.add_argument("--workers", type=count, metavar="N", help="processes that load audio beside each that trains (default: 4 with a GPU, else 0)")
     recipe = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)")
     kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share}
     for name in RECIPES["small"]:

@@ -196,7 +196,7 @@ def make_librispeech(root, count=3):
         folder = root / subset / "84" / "121123"
         lines = []
         for i in range(count):
-            speak(folder / f"84-121123-{i:04}.flac", 0.5 + i / 10)
+            speak(folder / f"84-121123-{i:04}.flac", 0.5 + i % 10 / 10)
             lines.append(f"84-121123-{i:04} GO ON NUMBER {'ABCDEFGHIJKLMNOP'[i % 16]}")
         (folder / "84-121123.trans.txt").write_text("\n".join(lines) + "\n")
     return root

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HERE, TINY, tiny
-from test_data import make_digits, make_librispeech
+from test_data import make_bad, make_digits, make_librispeech
 from test_script import FAST, MAIN, command, refused, report_of, run, small  # noqa: F401
 
 import data
@@ -39,8 +39,10 @@ def outcome(out):
 )
 def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monkeypatch, tmp_path, task, arguments):  # noqa: F811
     corpus = make_digits(tmp_path / "digits")
-    arguments = ["--task", task, "--data", corpus, "--save-seconds", "0", *arguments, *RESUMABLE]
+    make_bad(corpus / "recordings" / "3_bob_23.wav", "NaN")  # which only training finds out
+    arguments = ["--task", task, "--data", corpus, "--skip-bad", "--save-seconds", "0", *arguments, *RESUMABLE]
     assert run(capsys, *arguments, "--out", tmp_path / "whole")[0] == 0
+    assert report_of(tmp_path / "whole")["skipped"] == 1
     saves, save, step = [], sslprune.Run.save, torch.optim.Adam.step
     monkeypatch.setattr(sslprune.Run, "save", lambda self: saves.append(self.at["phase"]) or save(self))
     run(capsys, *arguments, "--out", tmp_path / "counted")
@@ -194,12 +196,15 @@ def test_a_disk_that_fills_up_while_training_leaves_the_last_state(tmp_path):
 
 RANKS = SLOW + (
     "import torch, gates, torch.distributed as dist\n"
-    "harden = sslprune.gates.harden\n"
+    "harden, train, states = sslprune.gates.harden, sslprune.train, []\n"
+    "def spy_train(run):\n"
+    "    states.append(torch.get_rng_state())\n"
+    "    train(run)\n"
     "def spy(found, *rest):\n"
     "    values = {str(place): gate.log_alpha.detach().clone() for place, gate in found.items()}\n"
-    "    torch.save([values, torch.get_rng_state()], sys.argv[1] + f'/gates-{dist.get_rank()}.pt')\n"
+    "    torch.save([values, states[0]], sys.argv[1] + f'/gates-{dist.get_rank()}.pt')\n"
     "    harden(found, *rest)\n"
-    "sslprune.gates.harden = spy\n"
+    "sslprune.gates.harden, sslprune.train = spy, spy_train\n"
     "sys.exit(sslprune.main(sys.argv[2:]))\n"
 )
 

@@ -308,6 +308,35 @@ def test_audio_that_turns_out_bad_while_training_is_skipped_counted_and_limited(
     assert report_of(tmp_path / "b")["skipped"] == 1
 
 
+def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp_path):
+    corpus = make_librispeech(tmp_path / "corpus", 160)
+    folder = corpus / "train-clean-100" / "84" / "121123"
+    transcripts = folder / "84-121123.trans.txt"
+    lines = transcripts.read_text().splitlines()
+    for i, how in enumerate(("missing", "empty", "no bytes", "not audio", "truncated", "NaN")):
+        (folder / f"84-121123-{i:04}.flac").unlink()
+        make_bad(folder / "bad.wav", how)
+        if how != "missing":
+            (folder / "bad.wav").rename(folder / f"84-121123-{i:04}.flac")
+    lines[6] = "84-121123-0006 \x1b[2;5..."
+    lines[7] = "84-121123-0007 " + "NO TIME FOR SO MUCH " * 20
+    lines[8] = "../../../etc/passwd GO ON"
+    (folder / "84-121123-0009.flac").unlink()
+    (folder / "84-121123-0009.flac").mkdir()
+    transcripts.write_text("\n".join(lines))
+    arguments = ["--task", "asr", "--budget", "0.9", "--data", corpus, "--batch-seconds", "300", "--out"]
+    updates = ["--dense-updates", "3", "--prune-updates", "3", "--finetune-updates", "3"]
+    refused(run(capsys, *arguments, tmp_path / "a", *updates), "of 480 utterances are unusable", "--skip-bad")
+    status, printed, errors = run(capsys, *arguments, tmp_path / "b", "--skip-bad", *updates)
+    assert (status, errors) == (0, "")
+    assert "\x1b" not in printed
+    report = report_of(tmp_path / "b")
+    assert report["skipped"] == len(report["skipped_reasons"]) == 10
+    for i in (0, 1, 2, 3, 4, 5, 6, 7, 9):
+        assert sum(f"84-121123-{i:04}" in reason for reason in report["skipped_reasons"]) == 1
+    assert any("84-121123.trans.txt: line 9" in reason for reason in report["skipped_reasons"])
+
+
 def test_the_learning_rate_has_three_stages():
     rates = [sslprune.tri_stage(i / 1000) for i in range(1000)]
     assert rates[0] < 0.02
