@@ -457,6 +457,22 @@ def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_no_partial_file(tmp_pa
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    sslprune.write(path, b"old")
+
+    def fail(*paths):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sslprune.os, "replace", fail)
+    with pytest.raises(data.DataError, match="model.pt"):
+        sslprune.write(path, b"n", b"ew")
+    monkeypatch.undo()
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.pt", b"old")]
+    sslprune.write(path, b"n", b"ew")
+    assert path.read_bytes() == b"new"
+
+
 def test_predict_goes_on_after_a_file_that_cannot_be_read(small, capsys, tmp_path):
     run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "run", *FAST)
     make_bad(tmp_path / "bad.wav", "not audio")
