@@ -326,6 +326,14 @@ def test_many_updates_in_a_row_that_are_not_finite_stop_the_run(small, capsys, m
     refused((status, "", errors.splitlines()[-1] + "\n"), "20 updates in a row", "--dense-lr")
 
 
+def test_updates_that_are_not_finite_now_and_then_do_not_stop_the_run(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+    calls, loss = [], sslprune.SpeechModel.loss
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", lambda self, *a: loss(self, *a) * (torch.nan if calls.append(1) or len(calls) % 2 else 1))
+    updates = ["--dense-updates", "44", "--prune-updates", "0", "--finetune-updates", "0"]
+    assert run(capsys, "--task", "slu", "--budget", "1", "--out", tmp_path / "run", *updates)[0] == 0
+    assert report_of(tmp_path / "run")["updates_left_out"] == 22
+
+
 def test_ctc_with_too_few_frames_is_finite():
     model = sslprune.SpeechModel(tiny(), "asr", data.VOCABULARY)
     waveforms, batch = torch.randn(2, 720), [data.Utterance("", (), 0.045, text) for text in ("A", "FAR TOO LONG FOR TWO FRAMES")]
