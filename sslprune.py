@@ -391,7 +391,7 @@ def train(run):
         share_skipped(corpus)
         corpus.check()
         if at["update"] == before and first == 0:
-            raise DataError("no utterance of the training split could be read")
+            raise DataError("no utterance of the training split could be read, or none is short enough for --max-seconds")
         at["epoch"], at["group"] = at["epoch"] + 1, 0
     run.save()
 

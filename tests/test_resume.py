@@ -378,6 +378,7 @@ def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, c
     assert report_of(tmp_path / "run")["skipped"] == 0
     assert sum(name.startswith("train") for name in seen) == 3
     assert sum(name.startswith("test") for name in seen) == 6
+    refused(run(capsys, "--task", "asr", "--budget", "0.9", "--data", corpus, "--max-seconds", "0.3", *FAST, "--out", tmp_path / "none"), "--max-seconds")
 
 
 def test_worker_processes_load_the_same(small, capsys, tmp_path):  # noqa: F811
