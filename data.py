@@ -38,6 +38,7 @@ class Utterance:
     seconds: float
     text: str = ""
     intent: str = ""  # scenario_action, where the scenario has no "_" of its own
+    speed: float = 1.0  # the audio is played so many times as fast; `seconds` is what it then takes
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Corpus:
     train: Callable = lambda epoch_seed: []
     dev: list = field(default_factory=list)
     test: list = field(default_factory=list)
+    unseen: list = field(default_factory=list)  # of a speaker who is in no other split
     size: int = 0  # utterances, the skipped ones among them
     headers: dict = field(default_factory=dict)  # of the files; see `header`
     skip_bad: bool = False
@@ -120,7 +122,7 @@ def resample(samples, rate):
 def waveform(utterance):
     """The samples of an utterance, normalised to zero mean and unit variance: (samples,) float32."""
     parts = [source if isinstance(source, np.ndarray) else read_audio(source) for source in utterance.sources]
-    samples = np.concatenate(parts)
+    samples = resample(np.concatenate(parts), SAMPLE_RATE * utterance.speed)
     return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
 
 
@@ -131,6 +133,15 @@ def pad(waveforms):
     for row, w in zip(padded, waveforms):
         row[: len(w)] = torch.from_numpy(w)
     return padded, lengths
+
+
+def perturb_speed(utterances, share, rng):
+    """The utterances at random speeds from 1 - share to 1 + share, their pitch and formants with them: more voices than there are.
+
+    (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with the three speeds 0.9, 1.0 and 1.1.) rng: numpy Generator.
+    """
+    speeds = rng.uniform(1 - share, 1 + share, len(utterances)).tolist()
+    return [replace(u, speed=speed, seconds=u.seconds / speed) for u, speed in zip(utterances, speeds)]
 
 
 # --- Batches -----------------------------------------------------------------------------------------------------------
@@ -233,16 +244,19 @@ SUBSETS = {  # the folders (LibriSpeech) or annotation files (SLURP) of each spl
 }
 
 
-def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False, headers=None):
+def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False, headers=None, hold_out=None):
     """The corpus at `path`, read in its own layout: LibriSpeech, SLURP, Free Spoken Digit Dataset, or "demo".
 
     task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of what is composed. splits: those that must be there.
     subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names of the folders or annotation files, joined
     by commas. Bad utterances are left out, and named in `skipped`. headers: what `header` is to remember, as an earlier run found it.
+    hold_out: a speaker of the digits corpus, all of whose recordings are the split "unseen", and in no other.
     Raises DataError where the layout is none of these, a split is missing or empty, or over 1 % are bad and not `skip_bad`.
     """
     subsets = {split: names for split, names in (subsets or {}).items() if names}
     if path in (None, "demo"):
+        if hold_out:
+            raise DataError("--hold-out takes a speaker of the Free Spoken Digit Dataset; the demo corpus has a new voice in each utterance")
         if subsets:
             raise DataError("the demo corpus has no subsets to choose from")
         return demo_corpus(task, seed)
@@ -264,10 +278,19 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
         raise DataError(f"{root}: LibriSpeech has no intents; use --task asr, or SLURP for --task slu")
     if kind == "digits" and subsets:
         raise DataError(f"{root}: the digits corpus is split by take; it has no subsets to choose from")
+    if hold_out:
+        if kind != "digits":
+            raise DataError(f"--hold-out takes a speaker of the Free Spoken Digit Dataset; {kind} has other speakers in dev and test than in train")
+        speakers = sorted({speaker(recording) for recording in read_digits(root, "unseen", {}, skip=None)})
+        if hold_out not in speakers:
+            raise DataError(f"--hold-out {hold_out}: is no speaker of {root}, which has {', '.join(speakers)}")
+        splits = (*splits, "unseen")
     corpus, found, said = Corpus(kind, skip_bad=skip_bad, headers={} if headers is None else headers), {}, set()
     for split in splits:
         found[split] = []
         for utterance in read(root, split, SUBSETS.get(kind, {}) | subsets, corpus.skip):
+            if hold_out and (speaker(utterance) == hold_out) != (split == "unseen"):
+                continue
             try:
                 found[split].append(_checked(utterance, task, corpus.headers, said))
             except DataError as error:
@@ -278,13 +301,13 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
     corpus.size = sum(map(len, found.values())) + len(corpus.skipped)
     corpus.check()
     if kind == "digits" and task == "asr":
-        rngs = {split: [seed, number] for number, split in enumerate(("train", "dev", "test"))}
+        rngs = {split: [seed, number] for number, split in enumerate(("train", "dev", "test", "unseen"))}
         composed = {split: digit_strings(found[split], np.random.default_rng(rngs[split])) for split in found if split != "train"}
         corpus.train = lambda epoch_seed: digit_strings(found["train"], np.random.default_rng([*rngs["train"], epoch_seed]))
     else:
         composed = found
         corpus.train = lambda epoch_seed: found["train"]
-    corpus.dev, corpus.test = composed.get("dev", []), composed.get("test", [])
+    corpus.dev, corpus.test, corpus.unseen = (composed.get(split, []) for split in ("dev", "test", "unseen"))
     return corpus
 
 
@@ -385,7 +408,7 @@ def read_slurp(root, split, subsets, skip):
 
 def read_digits(root, split, subsets, skip):
     """recordings/{digit}_{speaker}_{take}.wav of the Free Spoken Digit Dataset: takes 0-4 test, 5-9 dev, the rest training."""
-    takes = {"test": range(5), "dev": range(5, 10), "train": range(10, 1_000_000)}[split]
+    takes = {"test": range(5), "dev": range(5, 10), "train": range(10, 1_000_000), "unseen": range(1_000_000)}[split]
     for path in sorted((root / "recordings").glob("*.wav")):
         match = re.fullmatch(r"(\d)_(\w+)_(\d{1,6})", path.stem)
         if match and int(match[3]) in takes:
@@ -395,14 +418,19 @@ def read_digits(root, split, subsets, skip):
             skip(f"{path}: is not named DIGIT_SPEAKER_TAKE.wav")
 
 
+def speaker(recording):
+    """Of an utterance of `read_digits`."""
+    return recording.name.split("_", 1)[1].rsplit("_", 1)[0]
+
+
 PAUSE = np.zeros(SAMPLE_RATE // 10, np.float32)  # between the digits of a string
 
 
 def digit_strings(recordings, rng):
     """Strings of two to five digits of one speaker, of which each recording is in one (the last of a speaker may be shorter)."""
     strings = []
-    for speaker in sorted({r.name.split("_")[1] for r in recordings}):
-        own = [r for r in recordings if r.name.split("_")[1] == speaker]
+    for name in sorted({speaker(r) for r in recordings}):
+        own = [r for r in recordings if speaker(r) == name]
         order = rng.permutation(len(own)).tolist()
         while order:
             chosen = [own[order.pop()] for _ in range(min(len(order), rng.integers(2, 6)))]
@@ -520,4 +548,4 @@ def demo_corpus(task, seed):
             samples = synthesise(words, rng)
             name = f"demo-{split}-{i:04}"
             splits[split].append(Utterance(name, (samples,), len(samples) / SAMPLE_RATE, normalise(" ".join(words)), intent))
-    return Corpus("demo", lambda epoch_seed: splits["train"], splits["dev"], splits["test"], sum(DEMO_SIZES.values()))
+    return Corpus("demo", lambda epoch_seed: splits["train"], splits["dev"], splits["test"], size=sum(DEMO_SIZES.values()))

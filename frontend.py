@@ -43,9 +43,11 @@ def linear(x, weight, bias):
     """x W^T + b: (batch, frames, inputs) -> (batch, frames, outputs).
 
     On the CPU in float32 it is computed as a convolution over one frame, because torch leaves a convolution to oneDNN and a
-    matrix product to MKL, and oneDNN is up to twice as fast on processors that are not Intel's.
+    matrix product to MKL, and oneDNN is up to twice as fast on processors that are not Intel's. But on one thread torch
+    has a slower convolution of its own.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and weight.numel() and not torch.is_autocast_enabled("cpu"):
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if plain and weight.numel() and torch.get_num_threads() > 1:
         return F.conv1d(x.transpose(1, 2), weight[..., None], bias).transpose(1, 2)
     return F.linear(x, weight, bias)
 

@@ -53,11 +53,13 @@ RECIPES = {
     # fairseq's recipe for 100 hours; the updates are ours: with 100 s of audio each, pruning and fine-tuning are about 17 passes
     # over those 100 hours. The dense phase falls away with a checkpoint.
     "base": dict(dense_updates=100_000, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0,
-                 dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1, layer_drop=0.1, mask_probability=0.65),
+                 dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1, layer_drop=0.1, mask_probability=0.65,
+                 speed_perturbation=0.0),
     # The small model from scratch, chosen on the demo's dev sets: as long as a few minutes allow, and gates that are fast and a
     # target that is slow enough for a phase of some hundred updates.
     "small": dict(dense_updates=560, prune_updates=300, finetune_updates=180, batch_seconds=10.0,
-                  dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=0.2, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0),
+                  dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=0.2, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0,
+                  speed_perturbation=0.0),
 }  # fmt: skip
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
@@ -229,6 +231,7 @@ def join(device):
 # --- Evaluation --------------------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SPLITS = ("dev", "test", "unseen")  # that are evaluated, where a corpus has them
 TASKS = {"asr": "word_error_rate", "slu": "intent_accuracy"}  # and the name of its metric
 
 
@@ -247,7 +250,7 @@ def usable(utterances, corpus, model, training=False):
 
 
 def evaluate(model, corpus, split, batch_seconds):
-    """Metrics of a model on the "dev" or "test" split, as fractions: {name: value}, the task's own metric first."""
+    """Metrics of a model on one of SPLITS, as fractions: {name: value}, the task's own metric first."""
     model.eval()
     batches = data.batches(usable(getattr(corpus, split), corpus, model), batch_seconds)
     share = range(rank(), len(batches), ranks())  # each process has its share of the same batches, however many there are
@@ -349,6 +352,8 @@ def train(run):
         utterances = corpus.train(int(rng.integers(2**31)))
         short_enough = [u for u in utterances if u.seconds <= options.max_seconds]
         at["too_long"] = len(utterances) - len(short_enough)
+        if options.speed_perturbation:
+            short_enough = data.perturb_speed(short_enough, options.speed_perturbation, rng)
         utterances = usable(short_enough, corpus, model, training=True)
         batches = data.batches(utterances, options.batch_seconds, rng)
         if phase == "dense" and at["epoch"] == 0 and model.task == "asr":
@@ -691,7 +696,7 @@ def open_shared_corpus(options, out):
         if (rank() == 0) == (turn == 0):
             if rank() == 0 and (out / HEADERS).exists():
                 headers = data.read_headers(out / HEADERS)
-            corpus = data.open_corpus(options.data, options.task, options.seed, subsets, skip_bad=options.skip_bad, headers=headers)
+            corpus = data.open_corpus(options.data, options.task, options.seed, subsets, skip_bad=options.skip_bad, headers=headers, hold_out=options.hold_out)
         headers = gather(headers)[0]
     return corpus
 
@@ -723,7 +728,7 @@ def run_phases(run, start):
             train(run)
             save_model(model, out / "dense.pt")
             at["trained"] = True
-        metrics = evaluate_both(run) if at["trained"] else None
+        metrics = evaluate_all(run) if at["trained"] else None
         if metrics:
             log.info("dense: %s", say(metrics))
         run.enter("prune", dense_metrics=metrics)
@@ -743,7 +748,7 @@ def run_phases(run, start):
     announce("finetune", None if options.budget < 1 else "train the dense model on")
     train(run)
     save_model(model, out / "model.pt")  # before all that remains, so that nothing can lose it
-    metrics = evaluate_both(run)
+    metrics = evaluate_all(run)
     if not rank():
         report = make_report(run, metrics)
         write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
@@ -753,8 +758,8 @@ def run_phases(run, start):
     log.info("%s: model.pt, report.json, log.txt%s  (%d:%02d)", out, ", dense.pt" if "dense" in phases else "", minutes, seconds)
 
 
-def evaluate_both(run):
-    return {split: evaluate(run.model, run.corpus, split, run.options.batch_seconds) for split in ("dev", "test")}
+def evaluate_all(run):
+    return {split: evaluate(run.model, run.corpus, split, run.options.batch_seconds) for split in SPLITS if getattr(run.corpus, split)}
 
 
 def save_model(model, path):
@@ -780,7 +785,7 @@ def make_report(run, metrics):
     dense_encoder = Wav2Vec2(Shape.from_dict(at["dense_shape"])).to(device)  # of any weights: it is only to be timed
     encoders = {"dense": dense_encoder, "pruned": model.encoder}
     report = {
-        **{key: getattr(options, key) for key in ("task", "method", "budget", "ragged", "dtype", "seed", "data", "checkpoint")},
+        **{key: getattr(options, key) for key in ("task", "method", "budget", "ragged", "dtype", "seed", "data", "hold_out", "checkpoint")},
         "achieved": achieved(dense_encoder.shape, model.encoder.shape, constraints),
         "kept": [achieved(dense_encoder.shape, model.encoder.shape, [constraint]) for constraint in constraints],
         "expected": at["expected"],  # of each constrained cost, when the pruning phase ended; `kept` is what it came to
@@ -848,7 +853,7 @@ def table(report):
         row("  of the frontend", "frontend_params", 1e6, "M", 3),
         row(f"forward ({SECONDS} s of audio)", "seconds", 1e-3, "ms", 1),
     ]
-    for split in ("dev", "test"):
+    for split in metrics["pruned"]:
         for name, value in metrics["pruned"][split].items():
             before = "-" if metrics["dense"] is None else f"{metrics['dense'][split][name]:.2%}"
             lines.append(f"{name.replace('_', ' ') + ', ' + split:<28}{before:>15}{value:>15.2%}")
@@ -895,6 +900,7 @@ def parse(arguments):
 
     fraction = number(float, 1e-9, 1, "a fraction over 0 and up to 1, as in 0.5")
     share = number(float, 0, 1, "a probability")
+    half = number(float, 0, 0.5, "a fraction from 0 to 0.5")
     rate = number(float, 1e-12, 1, "a learning rate between 0 and 1")
     count = number(int, 0, 10**9, "a whole number from 0")
     times = number(int, 1, 10**6, "a whole number from 1")
@@ -914,6 +920,7 @@ def parse(arguments):
     how.add_argument("--data", default="demo", help="folder of LibriSpeech, SLURP or the Free Spoken Digit Dataset (default: demo)")
     for split in ("train", "dev", "test"):
         how.add_argument(f"--{split}", metavar="NAMES", help=f"subsets that are the {split} split, joined by commas (LibriSpeech, SLURP)")
+    how.add_argument("--hold-out", metavar="SPEAKER", help="train without this speaker of the digits corpus, and report the error on it too")
     how.add_argument("--checkpoint", help="pretrained model: Hugging Face, fairseq, torchaudio, or a model.pt or dense.pt of ours")
     how.add_argument("--model", choices=("small", "base"), default="small", help="what to train without a checkpoint (default %(default)s)")
     how.add_argument("--out", help="folder of the run (default runs/TASK-METHOD-BUDGET)")
@@ -927,7 +934,7 @@ def parse(arguments):
     how.add_argument("--accumulate", type=times, default=1, metavar="N", help="batches per update and process (default %(default)s)")
     how.add_argument("--workers", type=count, metavar="N", help="processes that load audio beside each that trains (default: 4 with a GPU, else 0)")
     recipe = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)")
-    kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share}
+    kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share, "perturbation": half}
     for name in RECIPES["small"]:
         recipe.add_argument("--" + name.replace("_", "-"), type=kinds[name.rsplit("_", 1)[1]], metavar="N")
     options = parser.parse_args(arguments)
@@ -938,7 +945,7 @@ def parse(arguments):
     if instead:
         used = {"device", "dtype", instead}
         if instead == "evaluate":
-            used |= {"task", "data", "dev", "test", "seed", "skip_bad", "batch_seconds"}
+            used |= {"task", "data", "dev", "test", "seed", "skip_bad", "batch_seconds", "hold_out"}
         for name, value in vars(options).items():
             if name not in used and value != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} has no meaning with --{instead}; leave it out")
@@ -977,9 +984,9 @@ def run_evaluation(options):
     if options.task not in (None, model.task):
         raise DataError(f"{options.evaluate}: was trained for {model.task}, not for {options.task}")
     subsets = {split: getattr(options, split) for split in ("dev", "test")}
-    corpus = data.open_corpus(options.data, model.task, options.seed, subsets, splits=("dev", "test"), skip_bad=options.skip_bad)
+    corpus = data.open_corpus(options.data, model.task, options.seed, subsets, splits=("dev", "test"), skip_bad=options.skip_bad, hold_out=options.hold_out)
     seconds = options.batch_seconds or RECIPES["small"]["batch_seconds"]
-    for split in ("dev", "test"):
+    for split in filter(lambda split: getattr(corpus, split), SPLITS):
         print(say({split: evaluate(model, corpus, split, seconds)}), flush=True)
     return 0
 

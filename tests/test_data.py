@@ -341,6 +341,47 @@ def test_digit_strings_use_each_recording_once_and_are_fresh_each_epoch(tmp_path
 
 
 @pytest.mark.parametrize("task", ["asr", "slu"])
+def test_a_speaker_who_is_held_out_is_in_the_unseen_split_alone_and_whole(tmp_path, task):
+    root = make_digits(tmp_path)
+    speak(root / "recordings" / "3_bob_b_17.wav", 0.3, 8_000)  # another speaker, by a name that holds bob's
+    corpus = open_corpus(root, task, hold_out="bob")
+    splits = {"train": corpus.train(0), "dev": corpus.dev, "test": corpus.test, "unseen": corpus.unseen}
+    names = {split: [name for u in found for name in u.name.split("+")] for split, found in splits.items()}
+    assert {split: len(found) for split, found in names.items()} == {"train": 21, "dev": 20, "test": 30, "unseen": 70}
+    assert {split: {name[2:].rsplit("_", 1)[0] for name in found} for split, found in names.items()} == {
+        "train": {"ann", "bob_b"}, "dev": {"ann"}, "test": {"ann"}, "unseen": {"bob"},
+    }  # fmt: skip
+    assert corpus.size == 141
+    assert len(set(names["unseen"])) == 70
+    assert open_corpus(root, task).unseen == []
+    with pytest.raises(DataError, match="carol.*ann, bob, bob_b"):
+        open_corpus(root, task, hold_out="carol")
+
+
+def test_only_the_digits_corpus_has_a_speaker_to_hold_out(tmp_path):
+    for path in ("demo", make_librispeech(tmp_path)):
+        with pytest.raises(DataError, match="--hold-out"):
+            open_corpus(path, "asr", hold_out="ann")
+
+
+def test_speed_perturbation_plays_audio_faster_or_slower_with_its_pitch():
+    time = np.arange(16_000) / 16_000
+    tone = np.sin(2 * np.pi * 400 * time).astype(np.float32)
+    utterances = [data.Utterance(str(i), (tone, tone), 2.0, "A", "b") for i in range(400)]
+    played = data.perturb_speed(utterances, 0.2, np.random.default_rng(0))
+    speeds = np.array([u.speed for u in played])
+    assert 0.8 <= speeds.min() < 0.81 and 1.19 < speeds.max() <= 1.2
+    assert abs(speeds.mean() - 1) < 0.02
+    for before, u in zip(utterances[:20], played):
+        assert (u.name, u.text, u.intent, u.sources) == (before.name, before.text, before.intent, before.sources)
+        samples = data.waveform(u)
+        assert len(samples) == round(u.seconds * 16_000) == round(32_000 / u.speed)
+        spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+        assert spectrum.argmax() * 16_000 / len(samples) == pytest.approx(400 * u.speed, abs=1)
+    assert [u.speed for u in data.perturb_speed(utterances, 0.2, np.random.default_rng(0))] == speeds.tolist()
+
+
+@pytest.mark.parametrize("task", ["asr", "slu"])
 def test_the_demo_is_the_same_for_the_same_seed_only(monkeypatch, task):
     monkeypatch.setattr(data, "DEMO_SIZES", {"train": 30, "dev": 4, "test": 4})
     a, b, c = (open_corpus("demo", task, seed) for seed in (1, 1, 2))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import TINY, tiny
 from torch import nn
 
+import frontend
 from flops import SMALL
 from frontend import FirstConvolution, Projection
 from gates import KINDS, HardConcrete
@@ -280,3 +281,19 @@ def test_a_gate_is_of_the_mode_of_its_model():
     model.add_gates(("heads",))
     assert not any(gate.training for gate in model.gates.values())
     assert all(isinstance(gate, HardConcrete) for gate in model.gates.values())
+
+
+def test_linear_is_the_same_on_one_thread_and_on_two():
+    """They compute it in different ways."""
+    x, weight, bias = torch.randn(3, 17, 40), torch.randn(24, 40, requires_grad=True), torch.randn(24)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y = frontend.linear(x, weight, bias)
+            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), weight)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*results):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[0][0], (x @ weight.T + bias).detach(), rtol=1e-4, atol=1e-4)

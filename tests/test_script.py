@@ -190,6 +190,40 @@ def test_digits_are_composed_afresh_in_every_epoch_of_every_phase(small, capsys,
     assert len({frozenset(names) for names in training}) == len(training)
 
 
+def test_speeds_are_drawn_afresh_in_every_epoch_and_only_for_training(small, capsys, monkeypatch, tmp_path):
+    seen, load_batches = [], sslprune.load_batches
+    monkeypatch.setattr(sslprune, "load_batches", lambda *a: seen.append({u.name: u.speed for b in a[1] for u in b}) or load_batches(*a))
+    updates = ["--dense-updates", "9", "--prune-updates", "9", "--finetune-updates", "9", "--batch-seconds", "30"]
+    arguments = ["--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", "--speed-perturbation", "0.2", *updates]
+    assert run(capsys, *arguments)[0] == 0
+    epochs = [speeds for speeds in seen if any("train" in name for name in speeds)]
+    assert len(epochs) >= 6
+    assert len({tuple(sorted(speeds.items())) for speeds in epochs}) == len(epochs)
+    assert all(0.8 <= speed <= 1.2 for speeds in epochs for speed in speeds.values())
+    assert {speed for speeds in seen if speeds not in epochs for speed in speeds.values()} == {1.0}
+
+
+def test_a_speaker_who_is_held_out_is_reported_by_itself(small, capsys, tmp_path):
+    corpus = make_digits(tmp_path / "digits")
+    arguments = ["--data", corpus, "--hold-out", "bob"]
+    status, printed, errors = run(capsys, "--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", *arguments, *FAST)
+    assert (status, errors) == (0, "")
+    report = report_of(tmp_path / "run")
+    assert report["hold_out"] == "bob"
+    model = sslprune.load(tmp_path / "run" / "model.pt")
+    files = sorted((corpus / "recordings").glob("*_bob_*.wav"))
+    assert len(files) == 70
+    right = [label == data.DIGITS[int(path.name[0])] for path, label in zip(files, model.predict(files))]
+    assert report["metric"]["unseen"] == report["metrics"]["pruned"]["unseen"]["intent_accuracy"] == sum(right) / len(right)
+    assert "unseen" in report["metrics"]["dense"]
+    assert "intent accuracy, unseen" in printed
+    status, printed, _ = run(capsys, "--evaluate", tmp_path / "run" / "model.pt", *arguments)
+    assert status == 0
+    assert f"unseen intent accuracy {report['metric']['unseen']:.2%}" in printed
+    refused(run(capsys, "--task", "slu", "--budget", "0.8", "--data", corpus, "--hold-out", "carol", "--out", tmp_path / "x", *FAST), "carol")
+    assert not (tmp_path / "x").exists()
+
+
 def test_each_phase_trains(small, capsys, tmp_path):
     run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "first", *FAST)
     heads = []

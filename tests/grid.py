@@ -1,0 +1,107 @@
+"""The experiment behind the README's curves: each method at each budget, from one dense model per task, on spoken digits.
+
+    python tests/grid.py --data free-spoken-digit-dataset --background        # some hours; the same command again goes on
+    python tests/grid.py --data free-spoken-digit-dataset --only asr/mac-0.5-seed0     # the dense model, and this point
+
+All runs are sslprune.py's, each in a folder of its own in --out, and train without the speaker of --hold-out, so that each report
+has the error on the test takes of the others and on a speaker who was never heard. A point trains from its task's dense model
+for the same number of updates in all; at budget 1.0, the reference, without pruning. What a method cannot reach is left out.
+tests/curves.py makes tables and pictures of what is there, also while the grid is running.
+"""
+
+import argparse
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from flops import SMALL
+from gates import BudgetError, check_budget
+
+MAIN = HERE.parent / "sslprune.py"
+SEVEN, FOUR, THREE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), (0.9, 0.7, 0.5, 0.3), (0.7, 0.5, 0.3)
+POINTS = {  # task: {method: (budgets, seeds)}
+    "asr": {"mac": ((1.0, *SEVEN), 3), "transformer": (SEVEN, 3), "size": (THREE, 1), "sepsize": (THREE, 1)},
+    "slu": {"mac": ((1.0, *FOUR), 3), "transformer": (FOUR, 3)},
+}
+DENSE = ["--dense-updates", "4000", "--prune-updates", "0", "--finetune-updates", "0"]
+POINT = ["--prune-updates", "700", "--finetune-updates", "700"]
+
+
+def points():
+    """Name and flags of each run, the first seed of all of them first, so that there is soon something of everything."""
+    for seed in range(3):
+        for task, methods in POINTS.items():
+            for method, (budgets, seeds) in methods.items():
+                for budget in budgets if seed < seeds else ():
+                    try:
+                        check_budget(SMALL, method, budget)
+                    except BudgetError:
+                        continue
+                    name = f"{task}/{'dense' if budget == 1 else method}-{budget:g}-seed{seed}"
+                    yield name, ["--task", task, "--method", method, "--budget", str(budget), "--seed", str(seed), *POINT]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of the Free Spoken Digit Dataset")
+    parser.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs (default %(default)s)")
+    parser.add_argument("--hold-out", default="george", metavar="SPEAKER", help="(default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core (default %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="POINT", help="as in asr/mac-0.5-seed0 (default: all)")
+    parser.add_argument("--background", action="store_true", help="go on without this terminal; grid.log in --out has what is said")
+    options = parser.parse_args()
+
+    chosen = dict(points())
+    if options.only:
+        unknown = set(options.only) - set(chosen)
+        if unknown:
+            parser.error(f"no such point: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in options.only}
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.background:
+        with open(options.out / "grid.log", "a") as file:
+            again = [argument for argument in sys.argv if argument != "--background"]
+            process = subprocess.Popen([sys.executable, *again], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+        print(f"process {process.pid} works in the background and writes {options.out / 'grid.log'}")
+        return 0
+
+    lock = (options.out / "lock").open("w")  # the runs inherit it, and hold it as long as one of them lives
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        parser.error(f"{options.out}: a grid is running there")
+    shared = ["--data", options.data, "--hold-out", options.hold_out, "--dtype", "bfloat16", "--resume"]
+
+    def run(name, flags):
+        """Whether the run has come to its end, now or before."""
+        out, begin = options.out / name, time.monotonic()
+        if (out / "report.json").exists():
+            return True
+        command = [sys.executable, str(MAIN), *flags, *shared, "--out", str(out)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, check=False, env=environment, pass_fds=[lock.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said = ended.stdout.strip().splitlines() or ["no word"]
+        minutes, seconds = divmod(round(time.monotonic() - begin), 60)
+        print(f"{name}  {minutes}:{seconds:02}  {'done' if ended.returncode == 0 else f'exit status {ended.returncode}: {said[-1]}'}", flush=True)
+        return ended.returncode == 0
+
+    tasks = sorted({name.split("/")[0] for name in chosen})
+    dense = {task: options.out / task / "origin" for task in tasks}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        trained = dict(zip(tasks, pool.map(lambda task: run(f"{task}/origin", ["--task", task, "--budget", "1.0", *DENSE]), tasks)))
+        ready = {name: flags for name, flags in chosen.items() if trained[name.split("/")[0]]}
+        origins = [str(dense[name.split("/")[0]] / "dense.pt") for name in ready]
+        ended = list(pool.map(lambda name, flags, origin: run(name, [*flags, "--checkpoint", origin]), ready, ready.values(), origins))
+    print(f"{sum(ended)} of {len(chosen)} points are there")
+    return 0 if sum(ended) == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
