@@ -30,7 +30,7 @@ POINTS = {  # task: {method: (budgets, seeds)}
     "asr": {"mac": ((1.0, *SEVEN), 3), "transformer": (SEVEN, 3), "size": (THREE, 1), "sepsize": (THREE, 1)},
     "slu": {"mac": ((1.0, *FOUR), 3), "transformer": (FOUR, 3)},
 }
-DENSE = ["--dense-updates", "4000", "--prune-updates", "0", "--finetune-updates", "0"]
+ORIGIN = {task: ["--dense-updates", "4000", "--prune-updates", "0", "--finetune-updates", "0"] for task in POINTS}
 POINT = ["--prune-updates", "700", "--finetune-updates", "700"]
 
 
@@ -95,7 +95,7 @@ def main():
     tasks = sorted({name.split("/")[0] for name in chosen})
     dense = {task: options.out / task / "origin" for task in tasks}
     with ThreadPoolExecutor(options.jobs) as pool:
-        trained = dict(zip(tasks, pool.map(lambda task: run(f"{task}/origin", ["--task", task, "--budget", "1.0", *DENSE]), tasks)))
+        trained = dict(zip(tasks, pool.map(lambda task: run(f"{task}/origin", ["--task", task, "--budget", "1.0", *ORIGIN[task]]), tasks)))
         ready = {name: flags for name, flags in chosen.items() if trained[name.split("/")[0]]}
         origins = [str(dense[name.split("/")[0]] / "dense.pt") for name in ready]
         ended = list(pool.map(lambda name, flags, origin: run(name, [*flags, "--checkpoint", origin]), ready, ready.values(), origins))

@@ -1,0 +1,165 @@
+"""The experiment: which runs it has, that it runs and goes on, and what is made of its reports."""
+
+import copy
+import json
+import sys
+from xml.etree import ElementTree
+
+import curves
+import grid
+import pytest
+from test_data import make_digits
+
+import sslprune
+
+
+def test_the_grid_has_each_point_once_and_all_train_as_long():
+    points = list(grid.points())
+    names = [name for name, _ in points]
+    assert len(names) == len(set(names))
+    asr = {"dense-1", *(f"mac-0.{i}" for i in range(3, 10)), *(f"transformer-0.{i}" for i in range(4, 10))}
+    slu = {"dense-1", *(f"mac-0.{i}" for i in (3, 5, 7, 9)), *(f"transformer-0.{i}" for i in (5, 7, 9))}
+    once = {f"{method}-0.{i}" for method in ("size", "sepsize") for i in (3, 5, 7)}
+    expected = {f"asr/{name}-seed{seed}" for name in asr for seed in range(3)} | {f"slu/{name}-seed{seed}" for name in slu for seed in range(3)}
+    assert set(names) == expected | {f"asr/{name}-seed0" for name in once}
+    for name, flags in points:
+        options = sslprune.parse(flags)
+        what, budget, seed = name.split("/")[1].split("-")
+        assert (name.split("/")[0], float(budget), f"seed{options.seed}") == (options.task, options.budget, seed)
+        assert what == ("dense" if options.budget == 1 else options.method)
+    assert len({(sslprune.parse(flags).prune_updates, sslprune.parse(flags).finetune_updates) for _, flags in points}) == 1
+
+
+def call(monkeypatch, capsys, module, *arguments):
+    """Exit status and output of one of the two commands, in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+    try:
+        status = module.main()
+    except SystemExit as exit:
+        status = exit.code
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(grid, "ORIGIN", {task: ["--dense-updates", "1", "--prune-updates", "0", "--finetune-updates", "0"] for task in grid.ORIGIN})
+    monkeypatch.setattr(grid, "POINT", ["--prune-updates", "1", "--finetune-updates", "1"])
+    out, corpus = tmp_path / "grid", make_digits(tmp_path / "digits")
+    arguments = ["--data", corpus, "--hold-out", "ann", "--out", out, "--jobs", 1]
+    status, printed = call(monkeypatch, capsys, grid, *arguments, "--only", "slu/mac-0.9-seed0")
+    assert (status, printed.splitlines()[-1]) == (0, "1 of 1 points are there")
+    report = json.loads((out / "slu" / "mac-0.9-seed0" / "report.json").read_text())
+    assert (report["checkpoint"], report["hold_out"]) == (str(out / "slu" / "origin" / "dense.pt"), "ann")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    status, printed = call(monkeypatch, capsys, grid, *arguments, "--only", "slu/mac-0.9-seed0", "slu/dense-1-seed1")
+    assert (status, printed.splitlines()[-1]) == (0, "2 of 2 points are there")
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}.items()
+    reference = json.loads((out / "slu" / "dense-1-seed1" / "report.json").read_text())
+    assert reference["updates"] == report["updates"]
+    assert reference["metrics"]["dense"] == report["metrics"]["dense"]
+
+    status, printed = call(monkeypatch, capsys, curves, out, "--out", tmp_path / "pictures")
+    assert status is None
+    assert "| mac | 0.9 | 1 |" in printed
+    assert "| dense | 1 | 1 |" in printed
+
+
+def test_a_run_of_the_grid_that_fails_is_named_and_so_is_a_point_that_does_not_exist(capsys, monkeypatch, tmp_path):
+    status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.9-seed0")
+    assert status == 1
+    assert "slu/origin" in printed
+    assert "no known corpus" in printed
+    assert "0 of 1 points are there" in printed
+    status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.8-seed0")
+    assert status == 2
+    assert "slu/mac-0.8-seed0" in printed.splitlines()[-1]
+
+
+def test_two_grids_do_not_work_in_one_folder(capsys, monkeypatch, tmp_path):
+    with (tmp_path / "lock").open("w") as lock:
+        grid.fcntl.flock(lock, grid.fcntl.LOCK_EX)
+        status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path)
+    assert status == 2
+    assert "a grid is running there" in printed
+
+
+def made_up(task, method, budget, seed, test, unseen, share=None):
+    """A report as far as curves.py reads it; half of each layer is kept, but for the second convolution's quarter."""
+    shape = {"channels": [8, 8], "heads": [4], "units": [16]}
+    share = share or budget
+    pruned = {"channels": [4, 2], "heads": [2], "units": [8]} if budget < 1 else shape
+    name = {"asr": "word_error_rate", "slu": "intent_accuracy"}[task]
+    metrics = {"test": {name: test}, "unseen": {name: unseen}}
+    return {
+        "task": task, "method": method, "budget": budget, "seed": seed, "converged": seed != 2, "updates": {"dense": 0, "prune": 5, "finetune": 5},
+        "metric": {"name": name}, "metrics": {"pruned": metrics},
+        "dense": {"macs": 1000, "params": 100, "seconds": 2.0, "shape": shape},
+        "pruned": {"macs": round(1000 * share), "params": round(100 * share), "seconds": 2.0 * share, "shape": copy.deepcopy(pruned)},
+    }  # fmt: skip
+
+
+REPORTS = [
+    *(made_up("asr", "mac", 1.0, seed, test, 0.3) for seed, test in enumerate((0.04, 0.05, 0.06))),
+    *(made_up("asr", "mac", 0.5, seed, test, 0.3) for seed, test in enumerate((0.01, 0.02, 0.03))),
+    *(made_up("asr", "transformer", 0.5, seed, test, 0.2) for seed, test in enumerate((0.02, 0.03, 0.10))),
+    made_up("asr", "size", 0.5, 0, 0.2, 0.4, share=0.8),
+    made_up("slu", "mac", 1.0, 0, 0.9, 0.5),
+    made_up("slu", "mac", 0.3, 0, 0.7, 0.5),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number, report in enumerate(REPORTS):
+        path = tmp_path / "runs" / str(number) / "x" / "report.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(report))
+    return tmp_path / "runs"
+
+
+def test_tables_have_means_and_spreads_and_comparisons_are_by_the_spread(capsys, monkeypatch, folder):
+    _, printed = call(monkeypatch, capsys, curves, folder)
+    lines = printed.splitlines()
+    assert "| mac | 0.5 | 3 | 50.0 % | 50.0 % | 2.00 | 2.0 % (1.0 to 3.0) | 30.0 % (30.0 to 30.0) |" in lines
+    assert "| size | 0.5 | 1 | 80.0 % | 80.0 % | 1.25 | 20.0 % (20.0 to 20.0) | 40.0 % (40.0 to 40.0) |" in lines
+    assert "| mac | 0.3 | 1 | 30.0 % | 30.0 % | 3.33 | 30.0 % (30.0 to 30.0) | 50.0 % (50.0 to 50.0) |" in lines  # slu: errors, too
+    assert "mac 0.5 against dense       test    -3.00 points: better by more than the spread" in lines
+    assert "mac 0.5 against dense       unseen  +0.00 points: within the spread" in lines
+    assert "mac 0.5 against transformer test    -3.00 points: within the spread" in lines
+    assert "mac 0.5 against transformer unseen +10.00 points: worse by more than the spread" in lines
+    assert "     conv 1     50" in lines
+    assert "     conv 2     25" in lines
+    assert "constraint not converged: asr mac 1 seed 2, asr mac 0.5 seed 2, asr transformer 0.5 seed 2" in lines
+
+
+def test_the_text_curve_has_each_point_where_it_belongs():
+    points = curves.points_of([r for r in REPORTS if r["task"] == "asr"])
+    _, *rows, axis, _ = curves.text_curve(points, "test", width=50, height=21).splitlines()
+    found = {letter: (row.index(letter) - 7, float(row[:5])) for row in rows for letter in "dmts" if letter in row}
+    assert {letter: x for letter, (x, _) in found.items()} == {"d": 50, "m": 0, "t": 0, "s": 30}  # of 50 % to 100 %
+    for letter, percent in {"d": 5, "m": 2, "t": 5, "s": 20}.items():
+        assert found[letter][1] == pytest.approx(percent, abs=0.6)
+    assert axis.count("-") == 50
+
+
+def test_pictures_are_svg_with_every_point_and_the_collected_reports_give_the_same(capsys, monkeypatch, folder, tmp_path):
+    status, printed = call(monkeypatch, capsys, curves, folder, "--out", tmp_path / "a")
+    assert status is None
+    circles = {name: ElementTree.parse(tmp_path / "a" / f"{name}.svg").getroot().findall(".//{*}circle") for name in ("asr", "slu")}
+    assert {name: len(found) for name, found in circles.items()} == {"asr": 8, "slu": 4}  # two panels each
+    heights = [float(circle.get("cy")) for circle in circles["asr"][:4]]  # dense, mac, transformer, size: 5, 2, 5 and 20 %
+    assert heights[0] == heights[2] < heights[1]
+    assert (heights[0] - heights[3]) / (heights[1] - heights[0]) == pytest.approx(15 / 3, rel=0.02)
+    cells = [text.text for text in ElementTree.parse(tmp_path / "a" / "kept.svg").getroot().findall(".//{*}text")]
+    assert cells.count("50") == 3 * 4  # three of four layers, in four columns
+    assert cells.count("25") == 4
+    _, again = call(monkeypatch, capsys, curves, tmp_path / "a" / "reports.jsonl", "--out", tmp_path / "b")
+    assert again == printed
+    for name in ("asr.svg", "slu.svg", "kept.svg", "reports.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_folder_without_reports_is_refused(capsys, monkeypatch, tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        status, _ = call(monkeypatch, capsys, curves, path)
+        assert str(path) in str(status)
