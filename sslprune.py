@@ -54,12 +54,12 @@ RECIPES = {
     # over those 100 hours. The dense phase falls away with a checkpoint.
     "base": dict(dense_updates=100_000, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0,
                  dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1, layer_drop=0.1, mask_probability=0.65,
-                 speed_perturbation=0.0),
+                 speed_perturbation=0.0, filter_decibels=0.0),
     # The small model from scratch, chosen on the demo's dev sets: as long as a few minutes allow, and gates that are fast and a
     # target that is slow enough for a phase of some hundred updates.
     "small": dict(dense_updates=560, prune_updates=300, finetune_updates=180, batch_seconds=10.0,
                   dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4, gate_lr=0.2, warmup_share=0.5, layer_drop=0.0, mask_probability=0.0,
-                  speed_perturbation=0.0),
+                  speed_perturbation=0.0, filter_decibels=0.0),
 }  # fmt: skip
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
@@ -354,6 +354,8 @@ def train(run):
         at["too_long"] = len(utterances) - len(short_enough)
         if options.speed_perturbation:
             short_enough = data.perturb_speed(short_enough, options.speed_perturbation, rng)
+        if options.filter_decibels:
+            short_enough = data.filter_randomly(short_enough, options.filter_decibels, rng)
         utterances = usable(short_enough, corpus, model, training=True)
         batches = data.batches(utterances, options.batch_seconds, rng)
         if phase == "dense" and at["epoch"] == 0 and model.task == "asr":
@@ -900,6 +902,7 @@ def parse(arguments):
 
     fraction = number(float, 1e-9, 1, "a fraction over 0 and up to 1, as in 0.5")
     share = number(float, 0, 1, "a probability")
+    decibels = number(float, 0, 40, "a number of decibels from 0 to 40")
     half = number(float, 0, 0.5, "a fraction from 0 to 0.5")
     rate = number(float, 1e-12, 1, "a learning rate between 0 and 1")
     count = number(int, 0, 10**9, "a whole number from 0")
@@ -934,7 +937,7 @@ def parse(arguments):
     how.add_argument("--accumulate", type=times, default=1, metavar="N", help="batches per update and process (default %(default)s)")
     how.add_argument("--workers", type=count, metavar="N", help="processes that load audio beside each that trains (default: 4 with a GPU, else 0)")
     recipe = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)")
-    kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share, "perturbation": half}
+    kinds = {"updates": count, "seconds": length, "lr": rate, "share": share, "drop": share, "probability": share, "perturbation": half, "decibels": decibels}
     for name in RECIPES["small"]:
         recipe.add_argument("--" + name.replace("_", "-"), type=kinds[name.rsplit("_", 1)[1]], metavar="N")
     options = parser.parse_args(arguments)

@@ -381,6 +381,21 @@ def test_speed_perturbation_plays_audio_faster_or_slower_with_its_pitch():
     assert [u.speed for u in data.perturb_speed(utterances, 0.2, np.random.default_rng(0))] == speeds.tolist()
 
 
+def test_a_random_filter_has_its_gains_at_its_frequencies():
+    noise = np.random.default_rng(1).normal(size=160_000).astype(np.float32)
+    utterances = [data.Utterance(str(i), (noise,), 10.0, "A", "b") for i in range(300)]
+    filtered = data.filter_randomly(utterances, 6, np.random.default_rng(0))
+    gains = np.array([u.gains for u in filtered])
+    assert gains.shape == (300, len(data.FILTER))
+    assert (abs(gains.mean()), gains.std()) == (pytest.approx(0, abs=0.4), pytest.approx(6, rel=0.05))
+    assert len({u.gains for u in filtered}) == 300
+    before, after = (np.abs(np.fft.rfft(data.waveform(u))) for u in (utterances[0], filtered[0]))
+    shift = [20 * np.log10(after[f * 10] / before[f * 10]) for f in data.FILTER[1:-1]]
+    relative = np.array(shift) - gains[0][1:-1]  # but for the normalisation of the whole
+    assert np.ptp(relative) < 0.05
+    assert data.waveform(filtered[0]).std() == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.parametrize("task", ["asr", "slu"])
 def test_the_demo_is_the_same_for_the_same_seed_only(monkeypatch, task):
     monkeypatch.setattr(data, "DEMO_SIZES", {"train": 30, "dev": 4, "test": 4})

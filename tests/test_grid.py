@@ -42,7 +42,7 @@ def call(monkeypatch, capsys, module, *arguments):
 
 
 def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(grid, "ORIGIN", {task: ["--dense-updates", "1", "--prune-updates", "0", "--finetune-updates", "0"] for task in grid.ORIGIN})
+    monkeypatch.setattr(grid, "ORIGIN", {task: ["--dense-updates", "1"] for task in grid.ORIGIN})
     monkeypatch.setattr(grid, "POINT", ["--prune-updates", "1", "--finetune-updates", "1"])
     out, corpus = tmp_path / "grid", make_digits(tmp_path / "digits")
     arguments = ["--data", corpus, "--hold-out", "ann", "--out", out, "--jobs", 1]
@@ -67,7 +67,7 @@ def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatc
 def test_a_run_of_the_grid_that_fails_is_named_and_so_is_a_point_that_does_not_exist(capsys, monkeypatch, tmp_path):
     status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.9-seed0")
     assert status == 1
-    assert "slu/origin" in printed
+    assert "asr/origin" in printed
     assert "no known corpus" in printed
     assert "0 of 1 points are there" in printed
     status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.8-seed0")

@@ -190,17 +190,17 @@ def test_digits_are_composed_afresh_in_every_epoch_of_every_phase(small, capsys,
     assert len({frozenset(names) for names in training}) == len(training)
 
 
-def test_speeds_are_drawn_afresh_in_every_epoch_and_only_for_training(small, capsys, monkeypatch, tmp_path):
+def test_speeds_and_filters_are_drawn_afresh_in_every_epoch_and_only_for_training(small, capsys, monkeypatch, tmp_path):
     seen, load_batches = [], sslprune.load_batches
-    monkeypatch.setattr(sslprune, "load_batches", lambda *a: seen.append({u.name: u.speed for b in a[1] for u in b}) or load_batches(*a))
+    monkeypatch.setattr(sslprune, "load_batches", lambda *a: seen.append({u.name: (u.speed, len(u.gains), sum(u.gains)) for b in a[1] for u in b}) or load_batches(*a))
     updates = ["--dense-updates", "9", "--prune-updates", "9", "--finetune-updates", "9", "--batch-seconds", "30"]
-    arguments = ["--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", "--speed-perturbation", "0.2", *updates]
+    arguments = ["--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", "--speed-perturbation", "0.2", "--filter-decibels", "6", *updates]
     assert run(capsys, *arguments)[0] == 0
     epochs = [speeds for speeds in seen if any("train" in name for name in speeds)]
     assert len(epochs) >= 6
     assert len({tuple(sorted(speeds.items())) for speeds in epochs}) == len(epochs)
-    assert all(0.8 <= speed <= 1.2 for speeds in epochs for speed in speeds.values())
-    assert {speed for speeds in seen if speeds not in epochs for speed in speeds.values()} == {1.0}
+    assert all(0.8 <= speed <= 1.2 and count == len(data.FILTER) for speeds in epochs for speed, count, _ in speeds.values())
+    assert {speed for speeds in seen if speeds not in epochs for speed in speeds.values()} == {(1.0, 0, 0)}
 
 
 def test_a_speaker_who_is_held_out_is_reported_by_itself(small, capsys, tmp_path):
