@@ -50,35 +50,8 @@ def points():
                     yield name, ["--task", task, "--method", method, "--budget", str(budget), "--seed", str(seed), *POINT]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of the Free Spoken Digit Dataset")
-    parser.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs (default %(default)s)")
-    parser.add_argument("--hold-out", default="lucas", metavar="SPEAKER", help="(default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, which share the cores (default %(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="POINT", help="as in asr/mac-0.5-seed0 (default: all)")
-    parser.add_argument("--background", action="store_true", help="go on without this terminal; grid.log in --out has what is said")
-    options = parser.parse_args()
-
-    chosen = dict(points())
-    if options.only:
-        unknown = set(options.only) - set(chosen)
-        if unknown:
-            parser.error(f"no such point: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
-        chosen = {name: chosen[name] for name in options.only}
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.background:
-        with open(options.out / "grid.log", "a") as file:
-            again = [argument for argument in sys.argv if argument != "--background"]
-            process = subprocess.Popen([sys.executable, *again], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
-        print(f"process {process.pid} works in the background and writes {options.out / 'grid.log'}")
-        return 0
-
-    lock = (options.out / "lock").open("w")  # the runs inherit it, and hold it as long as one of them lives
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        parser.error(f"{options.out}: a grid is running there")
+def work(options, chosen, lock):
+    """Run what has not run yet; returns how many of the chosen points are there then."""
     shared = ["--data", options.data, "--hold-out", options.hold_out, "--resume"]
 
     def run(name, flags, at_a_time=1):
@@ -88,7 +61,7 @@ def main():
             return True
         command = [sys.executable, str(MAIN), *RECIPE, *flags, *shared, "--out", str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_a_time))}
-        ended = subprocess.run(command, check=False, env=environment, pass_fds=[lock.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ended = subprocess.run(command, check=False, env=environment, pass_fds=[lock], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = ended.stdout.strip().splitlines() or ["no word"]
         minutes, seconds = divmod(round(time.monotonic() - begin), 60)
         print(f"{name}  {minutes}:{seconds:02}  {'done' if ended.returncode == 0 else f'exit status {ended.returncode}: {said[-1]}'}", flush=True)
@@ -109,8 +82,45 @@ def main():
     with ThreadPoolExecutor(options.jobs) as pool:
         at_a_time = min(options.jobs, len(ready))
         ended = list(pool.map(lambda name: run(name, [*chosen[name], "--checkpoint", str(origins[name.split("/")[0]])], at_a_time), ready))
-    print(f"{sum(ended)} of {len(chosen)} points are there")
-    return 0 if sum(ended) == len(chosen) else 1
+    return sum(ended)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of the Free Spoken Digit Dataset")
+    parser.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs (default %(default)s)")
+    parser.add_argument("--hold-out", default="lucas", metavar="SPEAKER", help="(default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, which share the cores (default %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="POINT", help="as in asr/mac-0.5-seed0 (default: all)")
+    parser.add_argument("--background", action="store_true", help="go on without this terminal; grid.log in --out has what is said")
+    options = parser.parse_args()
+
+    if not Path(options.data, "recordings").is_dir():
+        parser.error(f"{options.data}: holds no recordings/; --data takes the folder of the Free Spoken Digit Dataset")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: give at least 1")
+    chosen = dict(points())
+    if options.only:
+        unknown = set(options.only) - set(chosen)
+        if unknown:
+            parser.error(f"no such point: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in options.only}
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.background:
+        with open(options.out / "grid.log", "a") as file:
+            again = [argument for argument in sys.argv if argument != "--background"]
+            process = subprocess.Popen([sys.executable, *again], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+        print(f"process {process.pid} works in the background and writes {options.out / 'grid.log'}")
+        return 0
+
+    with (options.out / "lock").open("w") as lock:  # the runs inherit it, and hold it as long as one of them lives
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            parser.error(f"{options.out}: a grid is running there")
+        ended = work(options, chosen, lock.fileno())
+    print(f"{ended} of {len(chosen)} points are there")
+    return 0 if ended == len(chosen) else 1
 
 
 if __name__ == "__main__":

@@ -64,21 +64,27 @@ def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatc
     assert "| dense | 1 | 1 |" in printed
 
 
-def test_a_run_of_the_grid_that_fails_is_named_and_so_is_a_point_that_does_not_exist(capsys, monkeypatch, tmp_path):
+def test_a_run_of_the_grid_that_fails_is_named(capsys, monkeypatch, tmp_path):
+    (tmp_path / "recordings").mkdir()
     status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.9-seed0")
     assert status == 1
     assert "asr/origin" in printed
-    assert "no known corpus" in printed
+    assert "exit status 2: sslprune: --hold-out" in printed
     assert "0 of 1 points are there" in printed
-    status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.8-seed0")
-    assert status == 2
-    assert "slu/mac-0.8-seed0" in printed.splitlines()[-1]
 
 
-def test_two_grids_do_not_work_in_one_folder(capsys, monkeypatch, tmp_path):
-    with (tmp_path / "lock").open("w") as lock:
+def test_wrong_use_of_the_grid_is_refused(capsys, monkeypatch, tmp_path):
+    (tmp_path / "recordings").mkdir()
+    arguments = ["--data", tmp_path, "--out", tmp_path / "grid"]
+    for wrong, named in ((["--only", "slu/mac-0.8-seed0"], "slu/mac-0.8-seed0"), (["--jobs", 0], "--jobs 0"), (["--data", tmp_path / "x"], "recordings")):
+        status, printed = call(monkeypatch, capsys, grid, *arguments, *wrong)
+        assert status == 2
+        assert named in printed.splitlines()[-1]
+    assert not (tmp_path / "grid").exists()
+    (tmp_path / "grid").mkdir()
+    with (tmp_path / "grid" / "lock").open("w") as lock:
         grid.fcntl.flock(lock, grid.fcntl.LOCK_EX)
-        status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path)
+        status, printed = call(monkeypatch, capsys, grid, *arguments)
     assert status == 2
     assert "a grid is running there" in printed
 
