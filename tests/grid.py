@@ -32,8 +32,8 @@ POINTS = {  # task: {method: (budgets, seeds)}
     "slu": {"mac": ((1.0, *FOUR), 3), "transformer": (FOUR, 3)},
 }
 RECIPE = ["--dense-lr", "1e-3", "--mask-probability", "0.1", "--speed-perturbation", "0.15", "--filter-decibels", "6", "--dtype", "bfloat16"]
-ORIGIN = {"asr": ["--dense-updates", "6000"], "slu": ["--dense-updates", "1000", "--dense-lr", "5e-4"]}  # updates of the dense models
-POINT = ["--prune-updates", "700", "--finetune-updates", "700"]
+ORIGIN = {"asr": ["--dense-updates", "12000"], "slu": ["--dense-updates", "1000", "--dense-lr", "5e-4"]}  # updates of the dense models
+POINT = ["--prune-updates", "1000", "--finetune-updates", "1000", "--gate-lr", "0.05"]
 
 
 def points():
