@@ -391,6 +391,7 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
             assert re.search(rf"^(?:def |class )?{name}\b", (HERE.parent / f"{module}.py").read_text(), re.MULTILINE), name
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
     known = set(re.findall(flags, run(capsys, "--help")[1])) | {"--seconds", "--depth", "--nproc-per-node"}  # those of flops.py, git and torchrun
+    known |= set(re.findall(r'"(--[a-z-]+)"', (HERE / "grid.py").read_text()))
     assert set(re.findall(flags, readme)) <= known
 
 
