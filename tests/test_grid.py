@@ -27,7 +27,8 @@ def test_the_grid_has_each_point_once_and_all_train_as_long():
         what, budget, seed = name.split("/")[1].split("-")
         assert (name.split("/")[0], float(budget), f"seed{options.seed}") == (options.task, options.budget, seed)
         assert what == ("dense" if options.budget == 1 else options.method)
-    assert len({(sslprune.parse(flags).prune_updates, sslprune.parse(flags).finetune_updates) for _, flags in points}) == 1
+    trained = {(options.task, options.prune_updates, options.finetune_updates) for options in (sslprune.parse(flags) for _, flags in points)}
+    assert len(trained) == 2  # one length for each task
 
 
 def call(monkeypatch, capsys, module, *arguments):
@@ -43,7 +44,7 @@ def call(monkeypatch, capsys, module, *arguments):
 
 def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(grid, "ORIGIN", {task: ["--dense-updates", "1"] for task in grid.ORIGIN})
-    monkeypatch.setattr(grid, "POINT", ["--prune-updates", "1", "--finetune-updates", "1"])
+    monkeypatch.setattr(grid, "POINT", {task: ["--prune-updates", "1", "--finetune-updates", "1"] for task in grid.POINT})
     out, corpus = tmp_path / "grid", make_digits(tmp_path / "digits")
     arguments = ["--data", corpus, "--hold-out", "ann", "--out", out, "--jobs", 1]
     status, printed = call(monkeypatch, capsys, grid, *arguments, "--only", "slu/mac-0.9-seed0")
