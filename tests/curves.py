@@ -16,22 +16,52 @@ from pathlib import Path
 
 METHODS = {"dense": "#000000", "mac": "#0072b2", "transformer": "#d55e00", "size": "#009e73", "sepsize": "#cc79a7"}  # Okabe and Ito's colours
 KINDS = {"channels": "conv", "heads": "heads", "units": "units"}
+MARKS = {"dense": "d", "mac": "m", "transformer": "t", "size": "s", "sepsize": "x"}
+WRONG = {"asr": "word errors", "slu": "intents wrong"}  # what the error of a task is
+FIELDS = ("task", "method", "budget", "seed", "data", "hold_out", "checkpoint", "dtype", "updates", "expected", "converged",
+          "metric", "metrics", "dense", "pruned", "train_seconds")  # of a report, that reports.jsonl has  # fmt: skip
 TITLES = {"test": "test takes of speakers heard in training", "unseen": "a speaker never heard", "dev": "dev takes"}
 
 
+class Refused(ValueError):
+    """What cannot be made a curve of. The message names the report."""
+
+
+ALIKE = ("data", "hold_out", "checkpoint", "dtype", "updates")  # what all runs of a task are to have in common
+
+
 def read(source):
-    """The reports of pruning runs, from a folder of runs or a reports.jsonl."""
+    """The reports of pruning runs, from a folder of runs or a reports.jsonl: {task: reports}. Raises Refused."""
     if source.is_dir():
-        texts = [path.read_text() for path in sorted(source.rglob("report.json"))]
+        texts = {str(path): path.read_text() for path in sorted(source.rglob("report.json"))}
     elif source.is_file():
-        texts = source.read_text().splitlines()
+        texts = {f"{source}, line {number}": text for number, text in enumerate(source.read_text().splitlines(), 1)}
     else:
-        sys.exit(f"{source}: there is no such file or folder")
-    reports = [json.loads(text) for text in texts]
-    reports = [r for r in reports if r["updates"]["prune"] or r["updates"]["finetune"]]
-    if not reports:
-        sys.exit(f"{source}: holds no report.json of a run that was pruned")
-    return reports
+        raise Refused(f"{source}: there is no such file or folder")
+    found = {}
+    for name, text in texts.items():
+        try:
+            r = json.loads(text)
+            if r["updates"]["prune"] or r["updates"]["finetune"]:
+                alike = [r[key] for key in ALIKE] + [r["dense"]["shape"], sorted(r["metrics"]["pruned"])]
+                key = r["task"], r["method"] if r["budget"] < 1 else "dense", r["budget"], r["seed"]
+                if key[1] not in METHODS or r["task"] not in WRONG:
+                    raise ValueError(f"no task or method: {key}")
+                found[name] = key, alike, {field: r[field] for field in FIELDS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{name}: is no whole report of sslprune ({error!r}); remove it, and run the point again") from error
+    if not found:
+        raise Refused(f"{source}: holds no report.json of a run that was pruned")
+    first, tasks = {}, {}
+    for name, (key, alike, report) in found.items():
+        known, like, _ = first.setdefault(key[0], (name, alike, None))
+        if alike != like:
+            raise Refused(f"{name}: differs from {known} in model, splits or one of {', '.join(ALIKE)}; they make no common curve")
+        if key in first:
+            raise Refused(f"{name}: is the same point as {first[key][0]}; remove one")
+        first[key] = (name, alike, None)
+        tasks.setdefault(key[0], []).append(report)
+    return {task: tasks[task] for task in WRONG if task in tasks}
 
 
 class Point:
@@ -80,8 +110,7 @@ def points_of(reports):
 def table(task, points):
     """Markdown: a line for each point."""
     splits = list(next(iter(points.values()))[0].errors)
-    what = {"asr": "word errors", "slu": "intents wrong"}[task]
-    lines = [f"| method | budget | runs | MACs | parameters | faster by | {' | '.join(f'{what}, {split} (lowest to highest)' for split in splits)} |"]
+    lines = [f"| method | budget | runs | MACs | parameters | faster by | {' | '.join(f'{WRONG[task]}, {split} (lowest to highest)' for split in splits)} |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(splits))
     for method, found in points.items():
         for p in found:
@@ -100,20 +129,22 @@ def compare(points):
             for split in p.errors:
                 (mean, low, high), (mean2, low2, high2) = p.errors[split], other.errors[split]
                 apart = "better by more than the spread" if high < low2 else "worse by more than the spread" if low > high2 else "within the spread"
+                if min(len(p.reports), len(other.reports)) == 1:
+                    apart = "a single run, so there is no spread"
                 lines.append(f"mac {p.budget:g} against {other.method:<11} {split:<6} {100 * (mean - mean2):+6.2f} points: {apart}")
     return "\n".join(lines)
 
 
 def text_curve(points, split, width=60, height=15):
-    """Error over MACs in characters: the first letter of each method at its mean, * where several meet."""
+    """Error over MACs in characters: the mark of each method at its mean, * where several meet."""
     top = max(p.errors[split][0] for found in points.values() for p in found) * 1.05 or 0.01
     left = min(p.macs[0] for found in points.values() for p in found)
     cells = [[" "] * (width + 1) for _ in range(height + 1)]
     for method, found in points.items():
         for p in found:
             x, y = round((p.macs[0] - left) / (1 - left or 1) * width), height - round(p.errors[split][0] / top * height)
-            cells[y][x] = method[0] if cells[y][x] in (" ", method[0]) else "*"
-    lines = [f"{TITLES[split]}, error in % over MACs kept; {', '.join(f'{m[0]} {m}' for m in points)}, * several"]
+            cells[y][x] = MARKS[method] if cells[y][x] in (" ", MARKS[method]) else "*"
+    lines = [f"{TITLES[split]}, error in % over MACs kept; {', '.join(f'{MARKS[m]} {m}' for m in points)}, * several"]
     lines += [f"{100 * top * (height - y) / height:5.1f} |{''.join(row).rstrip()}" for y, row in enumerate(cells)]
     return "\n".join([*lines, "      +" + "-" * width, f"       {100 * left:.0f} %{'100 %':>{width - 4}}"])
 
@@ -192,7 +223,7 @@ def curve(points, task):
     for number, method in enumerate(points):
         place = left + 110 * number
         body += [line(place, top + high + 58, place + 20, top + high + 58, METHODS[method], 2), text(place + 26, top + high + 62, method, "start")]
-    return svg(left + len(splits) * (wide + 70) - 40, top + high + 76, body)
+    return svg(left + max(len(splits) * (wide + 70) - 40, 110 * len(points)), top + high + 76, body)
 
 
 def kept_picture(tasks):
@@ -229,13 +260,19 @@ def main():
     parser.add_argument("reports", type=Path, help="folder of runs, or a reports.jsonl")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: none are written)")
     options = parser.parse_args()
-    reports = read(options.reports)
-    tasks = {task: points_of([r for r in reports if r["task"] == task]) for task in ("asr", "slu") if any(r["task"] == task for r in reports)}
+    if options.out and options.out.exists() and not options.out.is_dir():
+        parser.error(f"{options.out}: a file stands where --out needs a folder")
+    try:
+        reports = read(options.reports)
+    except (Refused, OSError) as error:
+        parser.error(error)
+    tasks = {task: points_of(found) for task, found in reports.items()}
     for task, points in tasks.items():
         print(f"{task}\n\n{table(task, points)}\n\n{compare(points)}\n")
         for split in next(iter(points.values()))[0].errors:
             print(text_curve(points, split), end="\n\n")
         print(f"what each layer kept, in %\n{text_kept(points)}\n")
+    reports = [r for found in reports.values() for r in found]
     loose = [f"{r['task']} {r['method']} {r['budget']:g} seed {r['seed']}" for r in reports if not r["converged"]]
     print(f"constraint not converged: {', '.join(loose) or 'nowhere'}")
     if options.out:

@@ -5,13 +5,14 @@
 
 All runs are sslprune.py's, each in a folder of its own in --out, and train without the speaker of --hold-out, so that each report
 has the error on the test takes of the others and on a speaker who was never heard. A dense model is trained for recognition, and
-from its encoder one for understanding: 1,600 single digits are too few to begin with. A point trains from its task's dense model
+from its encoder one for understanding: some 2,000 single digits are too few to begin with. A point trains from its task's dense model
 for the same number of updates in all; at budget 1.0, the reference, without pruning. What a method cannot reach is left out.
 tests/curves.py makes tables and pictures of what is there, also while the grid is running.
 """
 
 import argparse
 import fcntl
+import functools
 import os
 import subprocess
 import sys
@@ -31,8 +32,8 @@ POINTS = {  # task: {method: (budgets, seeds)}
     "asr": {"mac": ((1.0, *SEVEN), 3), "transformer": (SEVEN, 3), "size": (THREE, 1), "sepsize": (THREE, 1)},
     "slu": {"mac": ((1.0, *FOUR), 3), "transformer": (FOUR, 3)},
 }
-RECIPE = ["--dense-lr", "1e-3", "--mask-probability", "0.1", "--speed-perturbation", "0.15", "--filter-decibels", "6", "--dtype", "bfloat16"]
-ORIGIN = {"asr": ["--dense-updates", "12000"], "slu": ["--dense-updates", "1000", "--dense-lr", "5e-4"]}  # updates of the dense models
+RECIPE = ["--mask-probability", "0.1", "--speed-perturbation", "0.15", "--filter-decibels", "6", "--dtype", "bfloat16"]
+ORIGIN = {"asr": ["--dense-updates", "12000"], "slu": ["--dense-updates", "1000"]}  # updates of the dense models
 POINT = {  # of a point. At the program's gate rate of 0.2 the expected cost overshoots mild budgets, and swings about them.
     "asr": ["--prune-updates", "500", "--finetune-updates", "500", "--gate-lr", "0.1", "--prune-lr", "5e-4", "--finetune-lr", "5e-4"],
     "slu": ["--prune-updates", "300", "--finetune-updates", "300", "--gate-lr", "0.1", "--prune-lr", "5e-4", "--finetune-lr", "5e-4"],
@@ -60,16 +61,16 @@ def work(options, chosen, lock):
     def run(name, flags, at_a_time=1):
         """Whether the run has come to its end, now or before."""
         out, begin = options.out / name, time.monotonic()
-        if (out / "report.json").exists():
-            return True
         command = [sys.executable, str(MAIN), *RECIPE, *flags, *shared, "--out", str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_a_time))}
         ended = subprocess.run(command, check=False, env=environment, pass_fds=[lock], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = ended.stdout.strip().splitlines() or ["no word"]
         minutes, seconds = divmod(round(time.monotonic() - begin), 60)
-        print(f"{name}  {minutes}:{seconds:02}  {'done' if ended.returncode == 0 else f'exit status {ended.returncode}: {said[-1]}'}", flush=True)
+        outcome = "done" if ended.returncode == 0 else f"exit status {ended.returncode}: {said[-1]}"
+        print(f"{name}  {minutes}:{seconds:02}  {outcome}", flush=True)
         return ended.returncode == 0
 
+    @functools.cache
     def origin(task):
         """The dense model of a task; None where it could not be trained."""
         flags = ["--task", task, "--budget", "1.0", "--prune-updates", "0", "--finetune-updates", "0", *ORIGIN[task]]
@@ -89,7 +90,7 @@ def work(options, chosen, lock):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--data", required=True, help="folder of the Free Spoken Digit Dataset")
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs (default %(default)s)")
     parser.add_argument("--hold-out", default="lucas", metavar="SPEAKER", help="(default %(default)s)")
@@ -108,21 +109,27 @@ def main():
         if unknown:
             parser.error(f"no such point: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
         chosen = {name: chosen[name] for name in options.only}
+    if any(path.exists() and not path.is_dir() for path in (options.out, *options.out.parents)):
+        parser.error(f"{options.out}: a file stands where --out needs a folder")
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.background:
-        with open(options.out / "grid.log", "a") as file:
-            again = [argument for argument in sys.argv if argument != "--background"]
-            process = subprocess.Popen([sys.executable, *again], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
-        print(f"process {process.pid} works in the background and writes {options.out / 'grid.log'}")
-        return 0
-
     with (options.out / "lock").open("w") as lock:  # the runs inherit it, and hold it as long as one of them lives
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             parser.error(f"{options.out}: a grid is running there")
-        ended = work(options, chosen, lock.fileno())
-    print(f"{ended} of {len(chosen)} points are there")
+        if options.background and (process := os.fork()):
+            print(f"in the background; {options.out / 'grid.log'} has what is said, and kill -- -{process} stops it")
+            return 0
+        if options.background:
+            os.setsid()
+            with open(options.out / "grid.log", "a") as file, open(os.devnull) as nothing:
+                for stream, number in ((nothing, 0), (file, 1), (file, 2)):
+                    os.dup2(stream.fileno(), number)
+        try:
+            ended = work(options, chosen, lock.fileno())
+        except KeyboardInterrupt:
+            parser.exit(130, "stopped; the same command goes on\n")
+    print(f"{ended} of {len(chosen)} points are there", flush=True)
     return 0 if ended == len(chosen) else 1
 
 

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import re
+import subprocess
 import sys
+import time
 from xml.etree import ElementTree
 
 import curves
@@ -65,6 +68,27 @@ def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatc
     assert "| dense | 1 | 1 |" in printed
 
 
+def test_the_grid_refuses_to_mix_runs_of_other_flags(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(grid, "ORIGIN", {task: ["--dense-updates", "1"] for task in grid.ORIGIN})
+    monkeypatch.setattr(grid, "POINT", {task: ["--prune-updates", "1", "--finetune-updates", "1"] for task in grid.POINT})
+    arguments = ["--data", make_digits(tmp_path / "digits"), "--out", tmp_path / "grid", "--only", "asr/dense-1-seed0"]
+    assert call(monkeypatch, capsys, grid, *arguments, "--hold-out", "ann")[0] == 0
+    status, printed = call(monkeypatch, capsys, grid, *arguments, "--hold-out", "bob")
+    assert status == 1
+    assert "was started with --hold-out ann, and cannot go on with bob" in printed
+
+
+def test_the_grid_goes_to_the_background_and_says_how_to_stop_it(tmp_path):
+    (tmp_path / "recordings").mkdir()
+    command = [sys.executable, grid.__file__, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.9-seed0", "--background"]
+    started = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)  # ends, though the grid goes on
+    assert re.search(r"kill -- -\d+ stops it", started.stdout)
+    said, deadline = tmp_path / "grid" / "grid.log", time.monotonic() + 60
+    while not (said.exists() and "0 of 1 points are there" in said.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_run_of_the_grid_that_fails_is_named(capsys, monkeypatch, tmp_path):
     (tmp_path / "recordings").mkdir()
     status, printed = call(monkeypatch, capsys, grid, "--data", tmp_path, "--out", tmp_path / "grid", "--only", "slu/mac-0.9-seed0")
@@ -77,7 +101,9 @@ def test_a_run_of_the_grid_that_fails_is_named(capsys, monkeypatch, tmp_path):
 def test_wrong_use_of_the_grid_is_refused(capsys, monkeypatch, tmp_path):
     (tmp_path / "recordings").mkdir()
     arguments = ["--data", tmp_path, "--out", tmp_path / "grid"]
-    for wrong, named in ((["--only", "slu/mac-0.8-seed0"], "slu/mac-0.8-seed0"), (["--jobs", 0], "--jobs 0"), (["--data", tmp_path / "x"], "recordings")):
+    (tmp_path / "file").write_text("")
+    only, jobs, data, out = ["--only", "slu/mac-0.8-seed0"], ["--jobs", 0], ["--data", tmp_path / "x"], ["--out", tmp_path / "file" / "x"]
+    for wrong, named in ((only, "slu/mac-0.8-seed0"), (jobs, "--jobs 0"), (data, "recordings"), (out, "a file stands")):
         status, printed = call(monkeypatch, capsys, grid, *arguments, *wrong)
         assert status == 2
         assert named in printed.splitlines()[-1]
@@ -99,6 +125,7 @@ def made_up(task, method, budget, seed, test, unseen, share=None):
     metrics = {"test": {name: test}, "unseen": {name: unseen}}
     return {
         "task": task, "method": method, "budget": budget, "seed": seed, "converged": seed != 2, "updates": {"dense": 0, "prune": 5, "finetune": 5},
+        "data": "digits", "hold_out": "ann", "checkpoint": f"{task}/dense.pt", "dtype": "float32", "expected": [budget], "train_seconds": 1.0,
         "metric": {"name": name}, "metrics": {"pruned": metrics},
         "dense": {"macs": 1000, "params": 100, "seconds": 2.0, "shape": shape},
         "pruned": {"macs": round(1000 * share), "params": round(100 * share), "seconds": 2.0 * share, "shape": copy.deepcopy(pruned)},
@@ -133,6 +160,7 @@ def test_tables_have_means_and_spreads_and_comparisons_are_by_the_spread(capsys,
     assert "mac 0.5 against dense       test    -3.00 points: better by more than the spread" in lines
     assert "mac 0.5 against dense       unseen  +0.00 points: within the spread" in lines
     assert "mac 0.5 against transformer test    -3.00 points: within the spread" in lines
+    assert "mac 0.3 against dense       test   +20.00 points: a single run, so there is no spread" in lines
     assert "mac 0.5 against transformer unseen +10.00 points: worse by more than the spread" in lines
     assert "     conv 1     50" in lines
     assert "     conv 2     25" in lines
@@ -166,7 +194,23 @@ def test_pictures_are_svg_with_every_point_and_the_collected_reports_give_the_sa
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_folder_without_reports_is_refused(capsys, monkeypatch, tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        status, _ = call(monkeypatch, capsys, curves, path)
-        assert str(path) in str(status)
+def test_what_makes_no_common_curve_is_refused_in_one_line(capsys, monkeypatch, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "nowhere"):
+        status, printed = call(monkeypatch, capsys, curves, path)
+        assert (status, str(path) in printed.splitlines()[-1]) == (2, True)
+    path = folder / "z" / "report.json"
+    path.parent.mkdir()
+    another = made_up("asr", "mac", 0.7, 0, 0.1, 0.2)
+    other_shape, other_splits = copy.deepcopy(another), copy.deepcopy(another)
+    other_shape["dense"]["shape"]["heads"] = [4, 4]
+    del other_splits["metrics"]["pruned"]["unseen"]
+    wrong = (REPORTS[0], another | {"hold_out": "bob"}, another | {"method": "none"}, other_shape, other_splits, {"updates": {"prune": 1}}, [])
+    for text in ("{", *map(json.dumps, wrong)):
+        path.write_text(text)
+        status, printed = call(monkeypatch, capsys, curves, folder)
+        assert (status, str(path) in printed.splitlines()[-1]) == (2, True), text
+    path.write_text(json.dumps(another))
+    assert call(monkeypatch, capsys, curves, folder)[0] is None
+    status, printed = call(monkeypatch, capsys, curves, folder, "--out", path)
+    assert (status, "a file stands" in printed) == (2, True)
