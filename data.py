@@ -24,6 +24,7 @@ log = logging.getLogger("sslprune")
 SAMPLE_RATE = 16_000  # Hz; flops.py has it too, since neither imports the other
 LONGEST = 3600  # s of a file: attention takes the square of its length, and an hour takes an hour of a processor
 FILTER = (0, 150, 300, 600, 1200, 2400, 4800, 8000)  # Hz: the corners of random filters, an octave apart
+SPEED_STEPS = 40  # random speeds are multiples of a fortieth, since the FFT takes ten times as long for an arbitrary ratio
 JITTER = 0.1  # of the lengths by which batches are formed
 BAD_SHARE = 0.01  # of a corpus: with more bad utterances than this something is wrong with all of it
 
@@ -158,11 +159,11 @@ def pad(waveforms):
 def perturb_speed(utterances, share, rng):
     """The utterances at random speeds from 1 - share to 1 + share, their pitch and formants with them: more voices than there are.
 
-    (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with the three speeds 0.9, 1.0 and 1.1.) In steps of a fortieth,
-    since the FFT takes ten times as long for an arbitrary ratio. rng: numpy Generator.
+    (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with the three speeds 0.9, 1.0 and 1.1.) In whole steps of
+    1 / SPEED_STEPS. rng: numpy Generator.
     """
-    steps = round(40 * share)
-    speeds = (1 + rng.integers(-steps, steps + 1, len(utterances)) / 40).tolist()
+    steps = round(share * SPEED_STEPS)
+    speeds = (1 + rng.integers(-steps, steps + 1, len(utterances)) / SPEED_STEPS).tolist()
     return [replace(u, speed=speed, seconds=u.seconds / speed) for u, speed in zip(utterances, speeds)]
 
 

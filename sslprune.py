@@ -240,14 +240,18 @@ def usable(utterances, corpus, model, training=False):
     """The utterances that make a frame and, for training with CTC, enough of them for their transcript; the others are skipped."""
     kept = []
     for u in utterances:
-        samples = round(u.seconds * SAMPLE_RATE)
-        frames = model.encoder.full_shape.frames(samples)[-1]
-        needed = data.frames_needed(u.text) if training and model.task == "asr" else 1
+        frames, needed = frames_of(u, model, training)
         if frames >= needed:
             kept.append(u)
         else:
             corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {max(frames, 0)} frames; {needed} are needed")
     return kept
+
+
+def frames_of(utterance, model, training):
+    """How many frames an utterance makes, and how many are needed."""
+    frames = model.encoder.full_shape.frames(round(utterance.seconds * SAMPLE_RATE))[-1]
+    return frames, data.frames_needed(utterance.text) if training and model.task == "asr" else 1
 
 
 def evaluate(model, corpus, split, batch_seconds):
@@ -353,11 +357,11 @@ def train(run):
         utterances = corpus.train(int(rng.integers(2**31)))
         short_enough = [u for u in utterances if u.seconds <= options.max_seconds]
         at["too_long"] = len(utterances) - len(short_enough)
-        if options.speed_perturbation:
-            short_enough = data.perturb_speed(short_enough, options.speed_perturbation, rng)
-        if options.filter_decibels:
-            short_enough = data.filter_randomly(short_enough, options.filter_decibels, rng)
         utterances = usable(short_enough, corpus, model, training=True)
+        if options.speed_perturbation:
+            utterances = perturb_speed(utterances, options, model, rng)
+        if options.filter_decibels:
+            utterances = data.filter_randomly(utterances, options.filter_decibels, rng)
         batches = data.batches(utterances, options.batch_seconds, rng)
         if phase == "dense" and at["epoch"] == 0 and model.task == "asr":
             # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
@@ -402,6 +406,17 @@ def train(run):
             raise DataError("no utterance of the training split could be read, or none is short enough for --max-seconds")
         at["epoch"], at["group"] = at["epoch"] + 1, 0
     run.save()
+
+
+def perturb_speed(utterances, options, model, rng):
+    """The utterances at random speeds; one that this makes too long, or too short for its transcript, keeps its own."""
+
+    def fits(utterance):
+        frames, needed = frames_of(utterance, model, training=True)
+        return frames >= needed and utterance.seconds <= options.max_seconds
+
+    perturbed = data.perturb_speed(utterances, options.speed_perturbation, rng)
+    return [new if fits(new) else old for new, old in zip(perturbed, utterances)]
 
 
 def make_optimizer(run):
@@ -945,6 +960,8 @@ def parse(arguments):
         recipe.add_argument("--" + name.replace("_", "-"), type=kinds[name.rsplit("_", 1)[1]], metavar="N")
     options = parser.parse_args(arguments)
 
+    if options.speed_perturbation and options.speed_perturbation * data.SPEED_STEPS < 1:
+        parser.error(f"--speed-perturbation {options.speed_perturbation:g}: speeds are in steps of {1 / data.SPEED_STEPS:g}; give that or more, or 0")
     if any(value == "" for value in vars(options).values()):
         parser.error("a flag has an empty value; leave the flag out, or give it one")
     instead = next((name for name in ("predict", "evaluate") if getattr(options, name) is not None), None)

@@ -203,6 +203,18 @@ def test_speeds_and_filters_are_drawn_afresh_in_every_epoch_and_only_for_trainin
     assert {speed for speeds in seen if speeds not in epochs for speed in speeds.values()} == {(1.0, 0, 0)}
 
 
+def test_a_random_speed_makes_no_utterance_too_long_or_too_short_for_its_transcript():
+    model = sslprune.SpeechModel(Wav2Vec2(TINY), "asr", data.VOCABULARY)
+    needed = data.frames_needed("ZERO") * 320 / 16_000 + 0.005
+    short, long = data.Utterance("short", (), needed, "ZERO"), data.Utterance("long", (), 30.0, "ZERO")
+    options = sslprune.parse(["--task", "asr", "--budget", "1", "--speed-perturbation", "0.5"])
+    for seed in range(20):
+        a, b = sslprune.perturb_speed([short, long], options, model, np.random.default_rng(seed))
+        drawn = [u.speed for u in data.perturb_speed([short, long], 0.5, np.random.default_rng(seed))]
+        assert a.speed == (drawn[0] if drawn[0] <= 1 else 1.0)
+        assert b.speed == (drawn[1] if drawn[1] >= 1 else 1.0)
+
+
 def test_a_speaker_who_is_held_out_is_reported_by_itself(small, capsys, tmp_path):
     corpus = make_digits(tmp_path / "digits")
     arguments = ["--data", corpus, "--hold-out", "bob"]
@@ -420,6 +432,7 @@ WRONG = {
     "unknown method": (["--task", "asr", "--budget", "0.5", "--method", "magic"], ["sepsize"]),
     "unknown flag": (["--task", "asr", "--budget", "0.5", "--bugdet"], ["--bugdet"]),
     "abbreviated flag": (["--task", "asr", "--budg", "0.5"], []),
+    "speeds finer than their steps": (["--task", "asr", "--budget", "0.5", "--speed-perturbation", "0.01"], ["--speed-perturbation 0.01", "0.025"]),
     **{f"budget {b}": (["--task", "asr", "--budget", b], ["--budget", b]) for b in ("0", "1.5", "-0.5", "half", "nan", "inf", "")},
     "unreachable budget": (["--task", "asr", "--budget", "0.1", "--method", "transformer"], ["0.35", "--budget"]),
     "missing folder": (["--task", "asr", "--budget", "0.5", "--data", "nowhere"], ["nowhere"]),
