@@ -186,7 +186,7 @@ def ticks(top):
 
 def curve(points, task):
     """Error over MACs: a panel for each split, a line through the means of each method, bars from the lowest to the highest."""
-    splits = [split for split in TITLES if split != "dev" and all(split in p.errors for found in points.values() for p in found)]
+    splits = list(next(iter(points.values()))[0].errors)
     wide, high, left, top = 380, 260, 60, 40
     body = []
     for number, split in enumerate(splits):
