@@ -54,12 +54,12 @@ def read(source):
         raise Refused(f"{source}: holds no report.json of a run that was pruned")
     first, tasks = {}, {}
     for name, (key, alike, report) in found.items():
-        known, like, _ = first.setdefault(key[0], (name, alike, None))
+        known, like = first.setdefault(key[0], (name, alike))
         if alike != like:
             raise Refused(f"{name}: differs from {known} in model, splits or one of {', '.join(ALIKE)}; they make no common curve")
         if key in first:
             raise Refused(f"{name}: is the same point as {first[key][0]}; remove one")
-        first[key] = (name, alike, None)
+        first[key] = (name, alike)
         tasks.setdefault(key[0], []).append(report)
     return {task: tasks[task] for task in WRONG if task in tasks}
 
