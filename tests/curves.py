@@ -10,6 +10,7 @@ Runs of one task, method and budget that differ in the seed make one point: the 
 import argparse
 import html
 import json
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -284,4 +285,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it without a word
     main()
