@@ -371,8 +371,7 @@ def train(run):
         groups = [batches[i : i + size] for i in range(0, len(batches), size)][first:]
         loaded = iter(load_batches(model, [batch for group in groups for batch in group[rank() :: ranks()]], options.workers))
         for group in groups:
-            for settings in run.optimizer.param_groups:
-                settings["lr"] = settings["peak"] * tri_stage(at["update"] / updates)
+            run.optimizer.param_groups[0]["lr"] = getattr(options, f"{phase}_lr") * tri_stage(at["update"] / updates)  # of the weights
             run.optimizer.zero_grad(set_to_none=False)
             sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, batches, wish to stop, wish to save
             for _ in group[rank() :: ranks()]:
@@ -420,13 +419,17 @@ def perturb_speed(utterances, options, model, rng):
 
 
 def make_optimizer(run):
-    """Adam over the weights and, where the run has a Lagrangian, gates and multipliers (which ascend)."""
+    """Adam over the weights and, where the run has a Lagrangian, gates and multipliers (which ascend).
+
+    Theirs is a constant rate. Were it to fall with the weights', multipliers that grew while the target was out of reach could not
+    come down again in time, and gates would be shut beyond the budget, and selected early.
+    """
     options, model, lagrangian = run.options, run.model, run.lagrangian
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
-    groups = [{"params": weights, "peak": getattr(options, f"{run.at['phase']}_lr")}]
+    groups = [{"params": weights}]
     if lagrangian:
         log_alphas = [gate.log_alpha for gate in model.encoder.gates.values()]
-        groups += [{"params": log_alphas, "peak": options.gate_lr}, {"params": [lagrangian.multipliers], "peak": options.gate_lr, "maximize": True}]
+        groups += [{"params": log_alphas, "lr": options.gate_lr}, {"params": [lagrangian.multipliers], "lr": options.gate_lr, "maximize": True}]
     for group in groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)  # LayerDrop leaves some without, and the processes are to agree

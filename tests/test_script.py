@@ -173,10 +173,18 @@ def test_an_update_has_the_recipes_rates_clipped_gradients_masks_and_layer_drop(
     assert run(capsys, "--task", "asr", "--budget", "0.8", "--out", tmp_path / "run", *recipe, *updates)[0] == 0
     rates, ascends, norms = zip(*seen)
     stages = [sslprune.tri_stage(i / 2) for i in range(2)], [sslprune.tri_stage(i / 4) for i in range(4)]
-    peaks = [[1e-3 * s] for s in stages[0]] + [[2e-3 * s, 0.1 * s, 0.1 * s] for s in stages[1]] + [[3e-3 * s] for s in stages[0]]
+    peaks = [[1e-3 * s] for s in stages[0]] + [[2e-3 * s, 0.1, 0.1] for s in stages[1]] + [[3e-3 * s] for s in stages[0]]
     assert list(rates) == [pytest.approx(peak) for peak in peaks]
     assert list(ascends) == [[False]] * 2 + [[False, False, True]] * 4 + [[False]] * 2
     assert max(norms) <= 0.0101
+
+
+@pytest.mark.parametrize(("task", "recipe"), [("asr", sslprune.RECIPES["small"]), ("slu", sslprune.RECIPES["small"] | sslprune.SMALL_SLU)])
+def test_the_recipe_is_the_tasks_but_for_the_flags_that_are_given(small, tmp_path, task, recipe):
+    options = sslprune.parse(["--task", task, "--budget", "0.8", "--out", str(tmp_path / "run"), "--prune-lr", "0.5", "--prune-updates", "0"])
+    sslprune.prepare(options, torch.device("cpu"))
+    assert {name: getattr(options, name) for name in recipe} == recipe | {"prune_lr": 0.5, "prune_updates": 0}
+    assert recipe["dense_lr"] == {"asr": 1e-3, "slu": 5e-4}[task]
 
 
 def test_digits_are_composed_afresh_in_every_epoch_of_every_phase(small, capsys, monkeypatch, tmp_path):
