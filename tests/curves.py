@@ -21,6 +21,7 @@ MARKS = {"dense": "d", "mac": "m", "transformer": "t", "size": "s", "sepsize": "
 WRONG = {"asr": "word errors", "slu": "intents wrong"}  # what the error of a task is
 FIELDS = ("task", "method", "budget", "seed", "data", "hold_out", "checkpoint", "dtype", "updates", "expected", "converged",
           "metric", "metrics", "dense", "pruned", "train_seconds")  # of a report, that reports.jsonl has  # fmt: skip
+JOINT = 0.6  # `mac` and `transformer` are compared at all budgets up to this together, too: where the frontend is the dearer
 TITLES = {"test": "test takes of speakers heard in training", "unseen": "a speaker never heard", "dev": "dev takes"}
 
 
@@ -122,17 +123,29 @@ def table(task, points):
 
 
 def compare(points):
-    """Where the claim is answered: each point of `mac` against the dense reference, and against `transformer` at the same budget."""
-    lines = []
+    """Where the claim is answered: each point of `mac` against the dense reference, and against `transformer` at the same budget.
+
+    And against `transformer` at all budgets of at most JOINT together: for each seed, the mean over them.
+    """
+    lines, pairs = [], []
+
+    def line(budget, other, split, ours, theirs):
+        """ours, theirs: the error of each run."""
+        apart = "better by more than the spread" if max(ours) < min(theirs) else "worse by more than the spread" if min(ours) > max(theirs) else "within the spread"
+        if min(len(ours), len(theirs)) == 1:
+            apart = "a single run, so there is no spread"
+        lines.append(f"mac {budget} against {other:<11} {split:<6} {100 * (statistics.fmean(ours) - statistics.fmean(theirs)):+6.2f} points: {apart}")
+
     for p in points.get("mac", []):
-        others = points.get("dense", []) + [q for q in points.get("transformer", []) if q.budget == p.budget]
-        for other in others:
+        equals = [q for q in points.get("transformer", []) if q.budget == p.budget]
+        pairs += [(p, q) for q in equals if p.budget <= JOINT]
+        for other in points.get("dense", []) + equals:
             for split in p.errors:
-                (mean, low, high), (mean2, low2, high2) = p.errors[split], other.errors[split]
-                apart = "better by more than the spread" if high < low2 else "worse by more than the spread" if low > high2 else "within the spread"
-                if min(len(p.reports), len(other.reports)) == 1:
-                    apart = "a single run, so there is no spread"
-                lines.append(f"mac {p.budget:g} against {other.method:<11} {split:<6} {100 * (mean - mean2):+6.2f} points: {apart}")
+                line(f"{p.budget:g}", other.method, split, *([error(r, split) for r in point.reports] for point in (p, other)))
+    seeds = set.intersection(*({r["seed"] for r in point.reports} for pair in pairs for point in pair)) if len(pairs) > 1 else ()
+    for split in pairs[0][0].errors if seeds else ():
+        means = ([statistics.fmean(error(r, split) for point in side for r in point.reports if r["seed"] == seed) for seed in seeds] for side in zip(*pairs))
+        line(" and ".join(f"{p.budget:g}" for p, _ in pairs), "transformer", split, *means)
     return "\n".join(lines)
 
 

@@ -151,6 +151,16 @@ def folder(tmp_path):
     return tmp_path / "runs"
 
 
+def test_methods_are_compared_at_all_small_budgets_together_too(capsys, monkeypatch, tmp_path):
+    errors = {("mac", 0.6): (0.1, 0.2), ("mac", 0.5): (0.2, 0.1), ("transformer", 0.6): (0.15, 0.25), ("transformer", 0.5): (0.25, 0.15)}
+    errors |= {("mac", 0.7): (0.9, 0.9), ("transformer", 0.7): (0.1, 0.1), ("mac", 0.4): (0.9, 0.9)}  # over 0.6, and without its equal
+    reports = [made_up("asr", method, budget, seed, test, test) for (method, budget), tests in errors.items() for seed, test in enumerate(tests)]
+    (tmp_path / "reports.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports))
+    lines = call(monkeypatch, capsys, curves, tmp_path / "reports.jsonl")[1].splitlines()
+    assert "mac 0.6 against transformer test    -5.00 points: within the spread" in lines
+    assert "mac 0.6 and 0.5 against transformer test    -5.00 points: better by more than the spread" in lines
+
+
 def test_tables_have_means_and_spreads_and_comparisons_are_by_the_spread(capsys, monkeypatch, folder):
     _, printed = call(monkeypatch, capsys, curves, folder)
     lines = printed.splitlines()
