@@ -162,7 +162,7 @@ def perturb_speed(utterances, share, rng):
     (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with the three speeds 0.9, 1.0 and 1.1.) In whole steps of
     1 / SPEED_STEPS. rng: numpy Generator.
     """
-    steps = round(share * SPEED_STEPS)
+    steps = int(share * SPEED_STEPS + 1e-9)
     speeds = (1 + rng.integers(-steps, steps + 1, len(utterances)) / SPEED_STEPS).tolist()
     return [replace(u, speed=speed, seconds=u.seconds / speed) for u, speed in zip(utterances, speeds)]
 
@@ -278,7 +278,7 @@ SUBSETS = {  # the folders (LibriSpeech) or annotation files (SLURP) of each spl
 def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False, headers=None, hold_out=None):
     """The corpus at `path`, read in its own layout: LibriSpeech, SLURP, Free Spoken Digit Dataset, or "demo".
 
-    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of what is composed; dev and test of digits are alike for all.
+    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the training split where it is composed (digits, demo).
     splits: those that must be there.
     subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names of the folders or annotation files, joined
     by commas. Bad utterances are left out, and named in `skipped`. headers: what `header` is to remember, as an earlier run found it.
@@ -567,10 +567,10 @@ def synthesise(words, rng):
 
 
 def demo_corpus(task, seed):
-    """The demo corpus: strings of one to four words for asr, commands with an intent for slu. The same for the same seed."""
+    """The demo corpus: strings of one to four words for asr, commands with an intent for slu. seed: of the training split; dev and test are the same for all."""
     splits = {}
     for number, (split, size) in enumerate(DEMO_SIZES.items()):
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([seed if split == "train" else 0, number])
         splits[split] = []
         for i in range(size):
             if task == "asr":

@@ -207,7 +207,7 @@ class Projection(nn.Module):
         return x
 
     def time_mask(self, x):
-        """Spans of `mask_length` frames that start anywhere, and together cover about `mask_probability` of the frames.
+        """Spans of `mask_length` frames that start anywhere, and would cover `mask_probability` of the frames if none overlapped (0.65: they cover half).
 
         (Park et al. 2019, arXiv 1904.08779; with overlaps, as in wav2vec2.) x: (batch, frames, width) -> (batch, frames) bool.
         """

@@ -62,7 +62,7 @@ RECIPES = {
                   speed_perturbation=0.0, filter_decibels=0.0),
 }  # fmt: skip
 SMALL_SLU = dict(dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4)  # at 1e-3 the demo's intents are not learnt (24 % right on dev, not 93 %)
-WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: shares of the phase, and the last rate over the peak (fairseq)
+WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate of the weights: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
 IN_A_ROW = 20  # updates without a finite gradient; after so many nothing will mend itself
 CONVERGED = 0.02  # of the dense cost: hardening from so near the budget shuts few units that training had left open
@@ -566,7 +566,7 @@ def read_state(out, options):
             raise RunError(f"{out}: holds another run; {goes_on}give another --out, or remove it")
         return {}
     if STATE not in found:
-        if set(found) - {"log.txt", HEADERS, STATE + ".partial"}:
+        if set(found) - {"log.txt", HEADERS, HEADERS + ".partial", STATE + ".partial"}:
             raise RunError(f"{out}: holds no {STATE} to --resume from; give the --out of a run, or another")
         log.info("%s: there is nothing to resume; the run begins", out)
         return {}
@@ -794,10 +794,13 @@ def warn_unless_converged(kept, options):
     """Say so where training did not bring the expected cost to the budget, and what to change."""
     for constraint, share in zip(METHODS[options.method], kept):
         if abs(share - options.budget) > CONVERGED:
+            if share > options.budget:
+                then, rate = "shuts what training kept", "a larger --gate-lr or a smaller --warmup-share"
+            else:
+                then, rate = "keeps what training shut", "a smaller --gate-lr"
             log.warning(
-                "the constraint has not converged: %.3f of the %s are expected to be kept, not %g. Hardening now shuts or keeps the"
-                " rest untrained. Give more --prune-updates, a larger --gate-lr or a smaller --warmup-share",
-                share, constraint.name, options.budget,
+                "the constraint has not converged: %.3f of the %s are expected to be kept, not %g, and hardening %s. Give more"
+                " --prune-updates, or %s", share, constraint.name, options.budget, then, rate,
             )  # fmt: skip
 
 

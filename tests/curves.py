@@ -278,7 +278,7 @@ def main():
         parser.error(f"{options.out}: a file stands where --out needs a folder")
     try:
         reports = read(options.reports)
-    except (Refused, OSError) as error:
+    except (Refused, OSError, UnicodeDecodeError) as error:
         parser.error(error)
     tasks = {task: points_of(found) for task, found in reports.items()}
     for task, points in tasks.items():

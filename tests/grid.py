@@ -59,11 +59,11 @@ def work(options, chosen, lock):
     """Run what has not run yet; returns how many of the chosen points are there then."""
     shared = ["--data", options.data, "--hold-out", options.hold_out, "--resume"]
 
-    def run(name, flags, at_a_time=1):
+    def run(name, flags, threads):
         """Whether the run has come to its end, now or before."""
         out, begin = options.out / name, time.monotonic()
         command = [sys.executable, str(MAIN), *RECIPE, *flags, *shared, "--out", str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // at_a_time))}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         ended = subprocess.run(command, check=False, env=environment, pass_fds=[lock], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = ended.stdout.strip().splitlines() or ["no word"]
         minutes, seconds = divmod(round(time.monotonic() - begin), 60)
@@ -80,13 +80,13 @@ def work(options, chosen, lock):
             if encoder is None:
                 return None
             flags += ["--checkpoint", str(encoder)]
-        return options.out / task / "origin" / "dense.pt" if run(f"{task}/origin", flags) else None
+        return options.out / task / "origin" / "dense.pt" if run(f"{task}/origin", flags, os.cpu_count()) else None
 
-    origins = {task: origin(task) for task in POINTS if any(name.startswith(task) for name in chosen)}
-    ready = [name for name in chosen if origins[name.split("/")[0]]]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        at_a_time = min(options.jobs, len(ready))
-        ended = list(pool.map(lambda name: run(name, [*chosen[name], "--checkpoint", str(origins[name.split("/")[0]])], at_a_time), ready))
+    threads = max(1, os.cpu_count() // options.jobs)  # of a point, however many are chosen: its result depends on it in the last digits
+    with ThreadPoolExecutor(options.jobs) as pool:  # dense models in it too: Ctrl-C reaches what runs there, which then saves itself
+        origins = {task: pool.submit(origin, task).result() for task in POINTS if any(name.startswith(task) for name in chosen)}
+        ready = [name for name in chosen if origins[name.split("/")[0]]]
+        ended = list(pool.map(lambda name: run(name, [*chosen[name], "--checkpoint", str(origins[name.split("/")[0]])], threads), ready))
     return sum(ended)
 
 

@@ -382,6 +382,8 @@ def test_speed_perturbation_plays_audio_faster_or_slower_with_its_pitch():
         spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
         assert spectrum.argmax() * 16_000 / len(samples) == pytest.approx(400 * u.speed, abs=1)
     assert [u.speed for u in data.perturb_speed(utterances, 0.2, np.random.default_rng(0))] == speeds.tolist()
+    for share, steps in ((0.04, 1), (0.15, 6), (0.3, 12)):  # no speed beyond the share that was asked for
+        assert {u.speed for u in data.perturb_speed(utterances, share, np.random.default_rng(0))} == {1 + step / 40 for step in range(-steps, steps + 1)}
 
 
 def test_a_random_filter_has_its_gains_at_its_frequencies():
@@ -400,7 +402,7 @@ def test_a_random_filter_has_its_gains_at_its_frequencies():
 
 
 @pytest.mark.parametrize("task", ["asr", "slu"])
-def test_the_demo_is_the_same_for_the_same_seed_only(monkeypatch, task):
+def test_the_demo_trains_on_what_the_seed_gives_and_tests_on_the_same(monkeypatch, task):
     monkeypatch.setattr(data, "DEMO_SIZES", {"train": 30, "dev": 4, "test": 4})
     a, b, c = (open_corpus("demo", task, seed) for seed in (1, 1, 2))
     for first, second in zip(a.train(0), b.train(0), strict=True):
@@ -408,6 +410,7 @@ def test_the_demo_is_the_same_for_the_same_seed_only(monkeypatch, task):
         assert np.array_equal(first.sources[0], second.sources[0])
     assert any(x.text != y.text for x, y in zip(a.train(0), c.train(0)))
     assert not any(x.text == y.text and np.array_equal(x.sources[0], y.sources[0]) for x in a.train(0) for y in a.test)
+    assert all(x.text == y.text and np.array_equal(x.sources[0], y.sources[0]) for x, y in zip(a.dev + a.test, c.dev + c.test, strict=True))
     for u in a.train(0):
         samples = u.sources[0]
         assert np.isfinite(samples).all()

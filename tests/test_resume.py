@@ -77,7 +77,8 @@ def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monk
 def test_a_run_that_died_before_its_first_save_begins_anew_and_one_that_ended_stays(small, capsys, tmp_path):  # noqa: F811
     arguments = ["--task", "slu", "--budget", "0.9", *FAST, "--out", tmp_path / "run"]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "training.state.partial").write_text("half")
+    for name in ("training.state.partial", "headers.json.partial"):
+        (tmp_path / "run" / name).write_text("half")
     status, printed, _ = run(capsys, *arguments, "--resume")
     assert status == 0
     assert "nothing to resume" in printed
@@ -365,8 +366,11 @@ def test_a_constraint_that_has_not_converged_is_reported_with_what_to_change(sma
     assert report_of(tmp_path / "run")["converged"] is False
     options = sslprune.parse(["--task", "slu", "--budget", "0.8"])
     capsys.readouterr()
-    sslprune.warn_unless_converged([0.79], options)
-    assert capsys.readouterr().out == ""
+    for share, advice in ((0.79, ""), (0.83, "a larger --gate-lr"), (0.77, "a smaller --gate-lr")):
+        sslprune.warn_unless_converged([share], options)
+        printed = capsys.readouterr().out
+        assert advice in printed
+        assert bool(printed) == bool(advice)
 
 
 def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, capsys, monkeypatch, tmp_path):  # noqa: F811
