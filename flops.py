@@ -49,6 +49,10 @@ class Shape:
             counts.append(samples)
         return counts
 
+    def position_frames(self, frames):
+        """Frames that the positional convolution makes of so many: an even kernel makes one too many; it is computed, and dropped."""
+        return frames + 1 - self.position_kernel % 2
+
     @property
     def receptive_field(self):
         """The fewest samples that make one frame."""
@@ -161,9 +165,8 @@ def cost(shape, samples):
     projection = Part(frames * inputs * width, 2 * inputs + inputs * width + width + width)  # LayerNorm, map, bias, mask
 
     kernel = shape.position_kernel
-    position_frames = frames + 2 * (kernel // 2) - kernel + 1  # an even kernel makes one frame too many; it is computed, and dropped
     weights = width * (width // shape.position_groups) * kernel
-    position = Part(position_frames * weights, weights + kernel + width + layer_norm)  # weight norm has a gain per tap
+    position = Part(shape.position_frames(frames) * weights, weights + kernel + width + layer_norm)  # weight norm has a gain per tap
 
     layers = len(shape.heads)
     head_features = sum(shape.heads) * shape.head_width
@@ -183,7 +186,7 @@ def table(shape, seconds=SECONDS):
     rows += [
         ("frontend", None, c.frontend),
         ("projection", frames, c.projection),
-        ("positional convolution", frames + 1 - shape.position_kernel % 2, c.position),
+        ("positional convolution", shape.position_frames(frames), c.position),
         (f"attention, linear ({sum(shape.heads)} heads)", frames, c.attention_linear),
         ("attention, QK^T and AV", frames, c.attention_product),
         (f"feed-forward ({sum(shape.units)} units)", frames, c.ffn),

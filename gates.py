@@ -18,6 +18,7 @@ Gates are given to the functions here as a dictionary from (field of flops.Shape
 
 import math
 from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -89,31 +90,15 @@ class Constraint(NamedTuple):
     kinds: tuple
 
 
-def _macs(cost):
-    return cost.macs
-
-
-def _params(cost):
-    return cost.params
-
-
-def _frontend_params(cost):
-    return cost.frontend.params
-
-
-def _other_params(cost):
-    return cost.params - cost.frontend.params
-
-
 # In the order of hardening: what the frontend keeps changes the cost of the rest (the projection's), and not the reverse.
 METHODS = {
-    "mac": [Constraint("MACs", _macs, ("channels", "heads", "units"))],
-    "size": [Constraint("parameters", _params, ("channels", "heads", "units"))],
+    "mac": [Constraint("MACs", attrgetter("macs"), ("channels", "heads", "units"))],
+    "size": [Constraint("parameters", attrgetter("params"), ("channels", "heads", "units"))],
     "sepsize": [
-        Constraint("frontend parameters", _frontend_params, ("channels",)),
-        Constraint("other parameters", _other_params, ("heads", "units")),
+        Constraint("frontend parameters", attrgetter("frontend.params"), ("channels",)),
+        Constraint("other parameters", lambda cost: cost.params - cost.frontend.params, ("heads", "units")),
     ],
-    "transformer": [Constraint("MACs", _macs, ("heads", "units"))],
+    "transformer": [Constraint("MACs", attrgetter("macs"), ("heads", "units"))],
 }
 KINDS = {method: sum((constraint.kinds for constraint in constraints), ()) for method, constraints in METHODS.items()}
 

@@ -25,6 +25,11 @@ JOINT = 0.6  # `mac` and `transformer` are compared at all budgets up to this to
 TITLES = {"test": "test takes of speakers heard in training", "unseen": "a speaker never heard", "dev": "dev takes"}
 
 
+def method_of(report):
+    """A key of METHODS: what prunes nothing is no method's."""
+    return report["method"] if report["budget"] < 1 else "dense"
+
+
 class Refused(ValueError):
     """What cannot be made a curve of. The message names the report."""
 
@@ -46,7 +51,7 @@ def read(source):
             r = json.loads(text)
             if r["updates"]["prune"] or r["updates"]["finetune"]:
                 alike = [r[key] for key in ALIKE] + [r["dense"]["shape"], sorted(r["metrics"]["pruned"])]
-                key = r["task"], r["method"] if r["budget"] < 1 else "dense", r["budget"], r["seed"]
+                key = r["task"], method_of(r), r["budget"], r["seed"]
                 if key[1] not in METHODS or r["task"] not in WRONG:
                     raise ValueError(f"no task or method: {key}")
                 found[name] = key, alike, {field: r[field] for field in FIELDS}
@@ -54,14 +59,13 @@ def read(source):
             raise Refused(f"{name}: is no whole report of sslprune ({error!r}); remove it, and run the point again") from error
     if not found:
         raise Refused(f"{source}: holds no report.json of a run that was pruned")
-    first, tasks = {}, {}
+    models, names, tasks = {}, {}, {}
     for name, (key, alike, report) in found.items():
-        known, like = first.setdefault(key[0], (name, alike))
+        known, like = models.setdefault(key[0], (name, alike))
         if alike != like:
             raise Refused(f"{name}: differs from {known} in model, splits or one of {', '.join(ALIKE)}; they make no common curve")
-        if key in first:
-            raise Refused(f"{name}: is the same point as {first[key][0]}; remove one")
-        first[key] = (name, alike)
+        if names.setdefault(key, name) != name:
+            raise Refused(f"{name}: is the same point as {names[key]}; remove one")
         tasks.setdefault(key[0], []).append(report)
     return {task: tasks[task] for task in WRONG if task in tasks}
 
@@ -72,7 +76,7 @@ class Point:
     def __init__(self, reports):
         first = reports[0]
         self.reports, self.budget = reports, first["budget"]
-        self.method = "dense" if self.budget == 1 else first["method"]
+        self.method = method_of(first)
         self.macs, self.params, self.faster = (
             self._of(lambda r: r["pruned"]["macs"] / r["dense"]["macs"]),
             self._of(lambda r: r["pruned"]["params"] / r["dense"]["params"]),
@@ -104,7 +108,7 @@ def points_of(reports):
     """{method: points by falling budget}, in the order of METHODS."""
     groups = {}
     for report in reports:
-        groups.setdefault((report["method"] if report["budget"] < 1 else "dense", report["budget"]), []).append(report)
+        groups.setdefault((method_of(report), report["budget"]), []).append(report)
     points = [Point(group) for _, group in sorted(groups.items(), key=lambda item: -item[0][1])]
     return {method: found for method in METHODS if (found := [p for p in points if p.method == method])}
 
@@ -129,7 +133,7 @@ def compare(points):
     """
     lines, pairs = [], []
 
-    def line(budget, other, split, ours, theirs):
+    def say(budget, other, split, ours, theirs):
         """ours, theirs: the error of each run."""
         apart = "better by more than the spread" if max(ours) < min(theirs) else "worse by more than the spread" if min(ours) > max(theirs) else "within the spread"
         if min(len(ours), len(theirs)) == 1:
@@ -141,11 +145,11 @@ def compare(points):
         pairs += [(p, q) for q in equals if p.budget <= JOINT]
         for other in points.get("dense", []) + equals:
             for split in p.errors:
-                line(f"{p.budget:g}", other.method, split, *([error(r, split) for r in point.reports] for point in (p, other)))
+                say(f"{p.budget:g}", other.method, split, *([error(r, split) for r in point.reports] for point in (p, other)))
     seeds = set.intersection(*({r["seed"] for r in point.reports} for pair in pairs for point in pair)) if len(pairs) > 1 else ()
     for split in pairs[0][0].errors if seeds else ():
         means = ([statistics.fmean(error(r, split) for point in side for r in point.reports if r["seed"] == seed) for seed in seeds] for side in zip(*pairs))
-        line(" and ".join(f"{p.budget:g}" for p, _ in pairs), "transformer", split, *means)
+        say(" and ".join(f"{p.budget:g}" for p, _ in pairs), "transformer", split, *means)
     return "\n".join(lines)
 
 
@@ -221,8 +225,7 @@ def curve(points, task):
             if tick >= 100 * least:
                 body += [line(x(tick / 100), y0, x(tick / 100), y0 + 4, "#000000"), text(x(tick / 100), y0 + 18, str(tick))]
         body += [line(x0, y0, x0 + wide, y0, "#000000"), line(x0, top, x0, y0, "#000000"), text(x0 + wide / 2, y0 + 36, "MACs kept, %")]
-        what = {"asr": "word error rate, %", "slu": "intents wrong, %"}[task]
-        body.append(text(x0 - 40, top + high / 2, what, transform=f"rotate(-90 {x0 - 40} {top + high / 2})"))
+        body.append(text(x0 - 40, top + high / 2, f"{WRONG[task]}, %", transform=f"rotate(-90 {x0 - 40} {top + high / 2})"))
         for method, found in points.items():
             colour = METHODS[method]
             at = [(x(p.macs[0]), *(y(100 * value) for value in p.errors[split])) for p in found]
