@@ -1,6 +1,6 @@
 """The experiment behind the README's curves: each method at each budget, from one dense model per task, on spoken digits.
 
-    python tests/grid.py --data free-spoken-digit-dataset --background        # some hours; the same command again goes on
+    python tests/grid.py --data free-spoken-digit-dataset --background        # two hours on two cores; the same command again goes on
     python tests/grid.py --data free-spoken-digit-dataset --only asr/mac-0.5-seed0     # the dense model, and this point
 
 All runs are sslprune.py's, each in a folder of its own in --out, and train without the speaker of --hold-out, so that each report
