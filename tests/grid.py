@@ -1,11 +1,11 @@
 """The experiment behind the README's curves: each method at each budget, from one dense model per task, on spoken digits.
 
-    python tests/grid.py --data free-spoken-digit-dataset --background        # two hours on two cores; the same command again goes on
+    python tests/grid.py --data free-spoken-digit-dataset --background        # hours on two cores; the same command again goes on
     python tests/grid.py --data free-spoken-digit-dataset --only asr/mac-0.5-seed0     # the dense model, and this point
 
 All runs are sslprune.py's, each in a folder of its own in --out, and train without the speaker of --hold-out, so that each report
 has the error on the test takes of the others and on a speaker who was never heard. A dense model is trained for recognition, and
-from its encoder one for understanding: some 2,000 single digits are too few to begin with. A point trains from its task's dense model
+from its encoder one for understanding: some thousand single digits are too few to begin with. A point trains from its task's dense model
 for the same number of updates in all; at budget 1.0, the reference, without pruning. What a method cannot reach is left out.
 tests/curves.py makes tables and pictures of what is there, also while the grid is running.
 """
