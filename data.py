@@ -567,7 +567,10 @@ def synthesise(words, rng):
 
 
 def demo_corpus(task, seed):
-    """The demo corpus: strings of one to four words for asr, commands with an intent for slu. seed: of the training split; dev and test are the same for all."""
+    """The demo corpus: strings of one to four words for asr, commands with an intent for slu.
+
+    seed: of the training split; dev and test are the same for all.
+    """
     splits = {}
     for number, (split, size) in enumerate(DEMO_SIZES.items()):
         rng = np.random.default_rng([seed if split == "train" else 0, number])

@@ -207,9 +207,9 @@ class Projection(nn.Module):
         return x
 
     def time_mask(self, x):
-        """Spans of `mask_length` frames that start anywhere, and would cover `mask_probability` of the frames if none overlapped (0.65: they cover half).
+        """Spans of `mask_length` frames that start anywhere; without overlaps they would cover `mask_probability` of the frames.
 
-        (Park et al. 2019, arXiv 1904.08779; with overlaps, as in wav2vec2.) x: (batch, frames, width) -> (batch, frames) bool.
+        (0.65 covers half of them. Park et al. 2019, arXiv 1904.08779; with overlaps, as in wav2vec2.) x: (batch, frames, width) -> (batch, frames) bool.
         """
         starts = torch.rand(x.shape[:2], device=x.device) < self.mask_probability / self.mask_length
         earlier = F.pad(starts.float()[:, None], (self.mask_length - 1, 0))

@@ -12,7 +12,6 @@ import html
 import json
 import signal
 import statistics
-import sys
 from pathlib import Path
 
 METHODS = {"dense": "#000000", "mac": "#0072b2", "transformer": "#d55e00", "size": "#009e73", "sepsize": "#cc79a7"}  # Okabe and Ito's colours
@@ -21,7 +20,7 @@ MARKS = {"dense": "d", "mac": "m", "transformer": "t", "size": "s", "sepsize": "
 WRONG = {"asr": "word errors", "slu": "intents wrong"}  # what the error of a task is
 FIELDS = ("task", "method", "budget", "seed", "data", "hold_out", "checkpoint", "dtype", "updates", "expected", "converged",
           "metric", "metrics", "dense", "pruned", "train_seconds")  # of a report, that reports.jsonl has  # fmt: skip
-JOINT = 0.6  # `mac` and `transformer` are compared at all budgets up to this together, too: where the frontend is the dearer
+JOINT = 0.6  # `mac` and `transformer` are compared at all budgets up to this together, too: where the frontend weighs most
 TITLES = {"test": "test takes of speakers heard in training", "unseen": "a speaker never heard", "dev": "dev takes"}
 
 
@@ -135,9 +134,13 @@ def compare(points):
 
     def say(budget, other, split, ours, theirs):
         """ours, theirs: the error of each run."""
-        apart = "better by more than the spread" if max(ours) < min(theirs) else "worse by more than the spread" if min(ours) > max(theirs) else "within the spread"
+        apart = "within the spread"
         if min(len(ours), len(theirs)) == 1:
             apart = "a single run, so there is no spread"
+        elif max(ours) < min(theirs):
+            apart = "better by more than the spread"
+        elif min(ours) > max(theirs):
+            apart = "worse by more than the spread"
         lines.append(f"mac {budget} against {other:<11} {split:<6} {100 * (statistics.fmean(ours) - statistics.fmean(theirs)):+6.2f} points: {apart}")
 
     for p in points.get("mac", []):

@@ -34,7 +34,7 @@ POINTS = {  # task: {method: (budgets, seeds)}
 }
 RECIPE = ["--mask-probability", "0.1", "--speed-perturbation", "0.15", "--filter-decibels", "6", "--dtype", "bfloat16"]
 ORIGIN = {"asr": ["--dense-updates", "12000"], "slu": ["--dense-updates", "1000"]}  # updates of the dense models
-LATER = ["--gate-lr", "0.1", "--prune-lr", "5e-4", "--finetune-lr", "5e-4"]  # at the program's gate rate of 0.2 the expected cost swings
+LATER = ["--gate-lr", "0.1", "--prune-lr", "5e-4", "--finetune-lr", "5e-4"]  # at the program's gate rate of 0.2 the expected cost swings more
 POINT = {  # of a point
     "asr": ["--prune-updates", "500", "--finetune-updates", "750", *LATER],
     "slu": ["--prune-updates", "300", "--finetune-updates", "450", *LATER],
@@ -82,7 +82,7 @@ def work(options, chosen, lock):
             flags += ["--checkpoint", str(encoder)]
         return options.out / task / "origin" / "dense.pt" if run(f"{task}/origin", flags, os.cpu_count()) else None
 
-    threads = max(1, os.cpu_count() // options.jobs)  # of a point, however many are chosen: its result depends on it in the last digits
+    threads = max(1, os.cpu_count() // options.jobs)  # of a point, however many are chosen, since its result depends on it
     with ThreadPoolExecutor(options.jobs) as pool:  # dense models in it too: Ctrl-C reaches what runs there, which then saves itself
         origins = {task: pool.submit(origin, task).result() for task in POINTS if any(name.startswith(task) for name in chosen)}
         ready = [name for name in chosen if origins[name.split("/")[0]]]
