@@ -62,6 +62,7 @@ RECIPES = {
                   speed_perturbation=0.0, filter_decibels=0.0),
 }  # fmt: skip
 SMALL_SLU = dict(dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4)  # at 1e-3 the demo's intents are not learnt (24 % right on dev, not 93 %)
+BETAS, GATE_BETAS = (0.9, 0.98), (0.0, 0.9)  # of Adam: fairseq's for the weights; for gates and multipliers see make_optimizer
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate of the weights: shares of the phase, and the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
 IN_A_ROW = 20  # updates without a finite gradient; after so many nothing will mend itself
@@ -422,18 +423,20 @@ def make_optimizer(run):
     """Adam over the weights and, where the run has a Lagrangian, gates and multipliers (which ascend).
 
     Theirs is a constant rate. Were it to fall with the weights', multipliers that grew while the target was out of reach could not
-    come down again in time, and gates would be shut beyond the budget, and selected early.
+    come down again in time, and gates would be shut beyond the budget, and selected early. Nor have they momentum: gates and
+    multipliers answer each other, and the lag would make the expected cost swing about the budget (Gidel et al. 2019, arXiv 1807.04740).
     """
     options, model, lagrangian = run.options, run.model, run.lagrangian
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
-    groups = [{"params": weights}]
+    groups = [{"params": weights, "betas": BETAS}]
     if lagrangian:
+        theirs = {"lr": options.gate_lr, "betas": GATE_BETAS}
         log_alphas = [gate.log_alpha for gate in model.encoder.gates.values()]
-        groups += [{"params": log_alphas, "lr": options.gate_lr}, {"params": [lagrangian.multipliers], "lr": options.gate_lr, "maximize": True}]
+        groups += [{"params": log_alphas, **theirs}, {"params": [lagrangian.multipliers], "maximize": True, **theirs}]
     for group in groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)  # LayerDrop leaves some without, and the processes are to agree
-    return torch.optim.Adam(groups, betas=(0.9, 0.98))  # fairseq's betas
+    return torch.optim.Adam(groups)
 
 
 def update(optimizer, weights, others, loss, count, at):
