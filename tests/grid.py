@@ -1,11 +1,12 @@
 """The experiment behind the README's curves: each method at each budget, from one dense model per task, on spoken digits.
 
-    python tests/grid.py --data free-spoken-digit-dataset --background        # hours on two cores; the same command again goes on
-    python tests/grid.py --data free-spoken-digit-dataset --only asr/mac-0.5-seed0     # the dense model, and this point
+    python tests/grid.py --data free-spoken-digit-dataset --background         # hours on two cores; the same command again goes on
+    python tests/grid.py --data free-spoken-digit-dataset --dense tests/curves/dense.pt --only asr/mac-0.5-seed0    # minutes: this point
 
 All runs are sslprune.py's, each in a folder of its own in --out, and train without the speaker of --hold-out, so that each report
 has the error on the test takes of the others and on a speaker who was never heard. A dense model is trained for recognition, and
-from its encoder one for understanding: some thousand single digits are too few to begin with. A point trains from its task's dense model
+from its encoder one for understanding: some thousand single digits are too few to begin with. --dense takes the former from a file:
+tests/curves/dense.pt is the one behind the README's curves, its weights rounded to bfloat16. A point trains from its task's dense model
 for the same number of updates in all; at budget 1.0, the reference, without pruning. What a method cannot reach is left out.
 tests/curves.py makes tables and pictures of what is there, also while the grid is running.
 """
@@ -34,7 +35,7 @@ POINTS = {  # task: {method: (budgets, seeds)}
 }
 RECIPE = ["--mask-probability", "0.1", "--speed-perturbation", "0.15", "--filter-decibels", "6", "--dtype", "bfloat16"]
 ORIGIN = {"asr": ["--dense-updates", "12000"], "slu": ["--dense-updates", "1000"]}  # updates of the dense models
-LATER = ["--gate-lr", "0.1", "--prune-lr", "5e-4", "--finetune-lr", "5e-4"]  # at the program's gate rate of 0.2 the expected cost swings more
+LATER = ["--prune-lr", "5e-4", "--finetune-lr", "5e-4"]
 POINT = {  # of a point
     "asr": ["--prune-updates", "500", "--finetune-updates", "750", *LATER],
     "slu": ["--prune-updates", "300", "--finetune-updates", "450", *LATER],
@@ -74,6 +75,8 @@ def work(options, chosen, lock):
     @functools.cache
     def origin(task):
         """The dense model of a task; None where it could not be trained."""
+        if task == "asr" and options.dense:
+            return options.dense
         flags = ["--task", task, "--budget", "1.0", "--prune-updates", "0", "--finetune-updates", "0", *ORIGIN[task]]
         if task == "slu":
             encoder = origin("asr")
@@ -94,6 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--data", required=True, help="folder of the Free Spoken Digit Dataset")
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs (default %(default)s)")
+    parser.add_argument("--dense", type=Path, metavar="FILE", help="dense model for recognition to begin with (default: train it, half an hour)")
     parser.add_argument("--hold-out", default="lucas", metavar="SPEAKER", help="(default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, which share the cores (default %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="POINT", help="as in asr/mac-0.5-seed0 (default: all)")
@@ -102,6 +106,8 @@ def main():
 
     if not Path(options.data, "recordings").is_dir():
         parser.error(f"{options.data}: holds no recordings/; --data takes the folder of the Free Spoken Digit Dataset")
+    if options.dense and not options.dense.is_file():
+        parser.error(f"{options.dense}: no such file; --dense takes a dense.pt")
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: give at least 1")
     chosen = dict(points())

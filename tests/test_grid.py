@@ -61,6 +61,11 @@ def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatc
     reference = json.loads((out / "slu" / "dense-1-seed1" / "report.json").read_text())
     assert reference["updates"] == report["updates"]
     assert reference["metrics"]["dense"] == report["metrics"]["dense"]
+    status, printed = call(monkeypatch, capsys, grid, *arguments, "--dense", out / "asr" / "origin" / "dense.pt", "--only", "asr/mac-0.9-seed0")
+    assert (status, printed.splitlines()[-1]) == (0, "1 of 1 points are there")
+    assert "origin" not in printed
+    recognition = json.loads((out / "asr" / "mac-0.9-seed0" / "report.json").read_text())
+    assert recognition["checkpoint"] == str(out / "asr" / "origin" / "dense.pt")
 
     status, printed = call(monkeypatch, capsys, curves, out, "--out", tmp_path / "pictures")
     assert status is None
@@ -103,7 +108,8 @@ def test_wrong_use_of_the_grid_is_refused(capsys, monkeypatch, tmp_path):
     arguments = ["--data", tmp_path, "--out", tmp_path / "grid"]
     (tmp_path / "file").write_text("")
     only, jobs, data, out = ["--only", "slu/mac-0.8-seed0"], ["--jobs", 0], ["--data", tmp_path / "x"], ["--out", tmp_path / "file" / "x"]
-    for wrong, named in ((only, "slu/mac-0.8-seed0"), (jobs, "--jobs 0"), (data, "recordings"), (out, "a file stands")):
+    dense = ["--dense", tmp_path / "x.pt"]
+    for wrong, named in ((only, "slu/mac-0.8-seed0"), (jobs, "--jobs 0"), (data, "recordings"), (out, "a file stands"), (dense, "x.pt: no such")):
         status, printed = call(monkeypatch, capsys, grid, *arguments, *wrong)
         assert status == 2
         assert named in printed.splitlines()[-1]
