@@ -51,7 +51,8 @@ log = logging.getLogger("sslprune")
 RECIPES = {
     # wav2vec2-base. The learning rates and the warm-up are DPHuBERT's (Peng et al., Interspeech 2023); masks and LayerDrop are
     # fairseq's recipe for 100 hours; the updates are ours: with 100 s of audio each, pruning and fine-tuning are about 17 passes
-    # over those 100 hours. The dense phase falls away with a checkpoint.
+    # over those 100 hours. The dense phase falls away with a checkpoint. DPHuBERT's gates had momentum and a rate that falls; ours have
+    # neither (see make_optimizer), which has been tried in phases of some hundred updates only.
     "base": dict(dense_updates=100_000, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0,
                  dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1, layer_drop=0.1, mask_probability=0.65,
                  speed_perturbation=0.0, filter_decibels=0.0),
@@ -420,11 +421,12 @@ def perturb_speed(utterances, options, model, rng):
 
 
 def make_optimizer(run):
-    """Adam over the weights and, where the run has a Lagrangian, gates and multipliers (which ascend).
+    """Adam over the weights and, where the run has a Lagrangian, over its gates and its multipliers; the latter ascend.
 
-    Theirs is a constant rate. Were it to fall with the weights', multipliers that grew while the target was out of reach could not
-    come down again in time, and gates would be shut beyond the budget, and selected early. Nor have they momentum: gates and
-    multipliers answer each other, and the lag would make the expected cost swing about the budget (Gidel et al. 2019, arXiv 1807.04740).
+    The rate of gates and multipliers is constant. Were it to fall with the weights', multipliers that grew while the target was out of
+    reach could not come down again before the phase ends, and gates would be shut beyond the budget, and selected early. Nor have they
+    momentum (the first of GATE_BETAS): they answer each other, and its lag makes the expected cost swing about the budget (Gidel et al.
+    2019, arXiv 1807.04740). The second is small since their gradients vanish as the budget is met: a long memory of large ones is a lag too.
     """
     options, model, lagrangian = run.options, run.model, run.lagrangian
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
@@ -797,13 +799,10 @@ def warn_unless_converged(kept, options):
     """Say so where training did not bring the expected cost to the budget, and what to change."""
     for constraint, share in zip(METHODS[options.method], kept):
         if abs(share - options.budget) > CONVERGED:
-            if share > options.budget:
-                then, rate = "shuts what training kept", "a larger --gate-lr or a smaller --warmup-share"
-            else:
-                then, rate = "keeps what training shut", "a smaller --gate-lr"
+            then = "shuts what training kept" if share > options.budget else "keeps what training shut"
             log.warning(
-                "the constraint has not converged: %.3f of the %s are expected to be kept, not %g, and hardening %s. Give more"
-                " --prune-updates, or %s", share, constraint.name, options.budget, then, rate,
+                "the constraint has not converged: %.3f of the %s are expected to be kept, not %g, and hardening %s."
+                " Give more --prune-updates, or a larger --gate-lr", share, constraint.name, options.budget, then,
             )  # fmt: skip
 
 
@@ -1048,7 +1047,7 @@ def main(arguments=None):
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own only for a GPU's memory
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        return refuse(f"out of memory; give a smaller --batch-seconds ({error})")
+        return refuse(f"out of memory; {'cut up the recording' if options.predict else 'give a smaller --batch-seconds'} ({error})")
     except KeyboardInterrupt:
         refuse("interrupted")
         return 130

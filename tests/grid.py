@@ -1,19 +1,24 @@
 """The experiment behind the README's curves: each method at each budget, from one dense model per task, on spoken digits.
 
-    python tests/grid.py --data free-spoken-digit-dataset --background         # hours on two cores; the same command again goes on
-    python tests/grid.py --data free-spoken-digit-dataset --dense tests/curves/dense.pt --only asr/mac-0.5-seed0    # minutes: this point
+    python tests/grid.py --data free-spoken-digit-dataset --dense tests/curves/dense.pt --background  # hours; the same command again goes on
+    python tests/grid.py --data free-spoken-digit-dataset --dense tests/curves/dense.pt --only asr/mac-0.5-seed0  # minutes: this point
 
 All runs are sslprune.py's, each in a folder of its own in --out, and train without the speaker of --hold-out, so that each report
 has the error on the test takes of the others and on a speaker who was never heard. A dense model is trained for recognition, and
-from its encoder one for understanding: some thousand single digits are too few to begin with. --dense takes the former from a file:
-tests/curves/dense.pt is the one behind the README's curves, its weights rounded to bfloat16. A point trains from its task's dense model
-for the same number of updates in all; at budget 1.0, the reference, without pruning. What a method cannot reach is left out.
-tests/curves.py makes tables and pictures of what is there, also while the grid is running.
+from its encoder one for understanding: some thousand single digits are too few to begin with. --dense takes the former from a file
+instead. tests/curves/dense.pt is the one behind the README's curves, runs/grid/asr/origin/dense.pt of a grid without --dense, with
+
+    contents["weights"] = {key: tensor.bfloat16() for key, tensor in contents["weights"].items()}
+
+to halve the file. A point trains from its task's dense model for the same number of updates in all; at budget 1.0, the reference,
+without pruning. What a method cannot reach is left out. tests/curves.py makes tables and pictures of what is there, also while the grid is running.
 """
 
 import argparse
 import fcntl
 import functools
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +31,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from flops import SMALL
 from gates import BudgetError, check_budget
+from sslprune import load, write
+from transformer import CheckpointError
 
 MAIN = HERE.parent / "sslprune.py"
 SEVEN, FOUR, THREE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), (0.9, 0.7, 0.5, 0.3), (0.7, 0.5, 0.3)
@@ -97,7 +104,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--data", required=True, help="folder of the Free Spoken Digit Dataset")
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), help="folder of the runs (default %(default)s)")
-    parser.add_argument("--dense", type=Path, metavar="FILE", help="dense model for recognition to begin with (default: train it, half an hour)")
+    dense = "dense model to begin with, trained for recognition without the speaker of --hold-out (default: train it, half an hour)"
+    parser.add_argument("--dense", type=Path, metavar="FILE", help=dense)
     parser.add_argument("--hold-out", default="lucas", metavar="SPEAKER", help="(default %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, which share the cores (default %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="POINT", help="as in asr/mac-0.5-seed0 (default: all)")
@@ -106,8 +114,15 @@ def main():
 
     if not Path(options.data, "recordings").is_dir():
         parser.error(f"{options.data}: holds no recordings/; --data takes the folder of the Free Spoken Digit Dataset")
-    if options.dense and not options.dense.is_file():
-        parser.error(f"{options.dense}: no such file; --dense takes a dense.pt")
+    given = {"data": options.data, "hold-out": options.hold_out, "dense": None}
+    if options.dense:
+        try:
+            model = load(options.dense)
+        except CheckpointError as error:
+            parser.error(str(error))
+        if (model.task, model.encoder.shape) != ("asr", SMALL):
+            parser.error(f"{options.dense}: is no small dense model for recognition; give a dense.pt that the grid trained")
+        given["dense"] = f"{options.dense} (SHA-256 {hashlib.sha256(options.dense.read_bytes()).hexdigest()[:16]})"
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: give at least 1")
     chosen = dict(points())
@@ -124,6 +139,14 @@ def main():
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             parser.error(f"{options.out}: a grid is running there")
+        begun = options.out / "grid.json"
+        if begun.exists():  # points of another origin, or another speaker, could not be compared
+            for name, value in json.loads(begun.read_text()).items():
+                if given[name] != value:
+                    how = f"with --{name} {value}" if value else f"without --{name}"
+                    parser.error(f"{options.out}: was begun {how}; do so again, or give another --out")
+        else:
+            write(begun, json.dumps(given).encode())
         if options.background and (process := os.fork()):
             print(f"in the background; {options.out / 'grid.log'} has what is said, and kill -- -{process} stops it")
             return 0

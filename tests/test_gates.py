@@ -97,7 +97,7 @@ def test_the_constraint_alone_brings_the_expected_cost_to_the_budget(method):
 def test_the_expected_cost_does_not_swing_about_the_budget(method):
     """In few updates at a high rate, against a noisy task that wants some units more than others."""
     model, budget, updates = sslprune.SpeechModel(tiny(), "slu", ["a"]), 0.5, 300
-    model.encoder.add_gates(KINDS[method])
+    model.train().encoder.add_gates(KINDS[method])
     gates, lagrangian = model.encoder.gates, Lagrangian(TINY, method, budget)
     run = SimpleNamespace(options=SimpleNamespace(gate_lr=0.2), model=model, lagrangian=lagrangian)
     optimizer, off = sslprune.make_optimizer(run), []

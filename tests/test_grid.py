@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import curves
 import grid
 import pytest
+from conftest import tiny
 from test_data import make_digits
 
 import sslprune
@@ -61,11 +62,12 @@ def test_the_grid_runs_goes_on_and_makes_what_the_curves_read(capsys, monkeypatc
     reference = json.loads((out / "slu" / "dense-1-seed1" / "report.json").read_text())
     assert reference["updates"] == report["updates"]
     assert reference["metrics"]["dense"] == report["metrics"]["dense"]
-    status, printed = call(monkeypatch, capsys, grid, *arguments, "--dense", out / "asr" / "origin" / "dense.pt", "--only", "asr/mac-0.9-seed0")
+    dense, other = out / "asr" / "origin" / "dense.pt", tmp_path / "other"
+    arguments[arguments.index(out)] = other
+    status, printed = call(monkeypatch, capsys, grid, *arguments, "--dense", dense, "--only", "asr/mac-0.9-seed0")
     assert (status, printed.splitlines()[-1]) == (0, "1 of 1 points are there")
     assert "origin" not in printed
-    recognition = json.loads((out / "asr" / "mac-0.9-seed0" / "report.json").read_text())
-    assert recognition["checkpoint"] == str(out / "asr" / "origin" / "dense.pt")
+    assert json.loads((other / "asr" / "mac-0.9-seed0" / "report.json").read_text())["checkpoint"] == str(dense)
 
     status, printed = call(monkeypatch, capsys, curves, out, "--out", tmp_path / "pictures")
     assert status is None
@@ -78,9 +80,16 @@ def test_the_grid_refuses_to_mix_runs_of_other_flags(capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(grid, "POINT", {task: ["--prune-updates", "1", "--finetune-updates", "1"] for task in grid.POINT})
     arguments = ["--data", make_digits(tmp_path / "digits"), "--out", tmp_path / "grid", "--only", "asr/dense-1-seed0"]
     assert call(monkeypatch, capsys, grid, *arguments, "--hold-out", "ann")[0] == 0
-    status, printed = call(monkeypatch, capsys, grid, *arguments, "--hold-out", "bob")
-    assert status == 1
-    assert "was started with --hold-out ann, and cannot go on with bob" in printed
+    dense = tmp_path / "grid" / "asr" / "origin" / "dense.pt"
+    for other, named in ((["--hold-out", "bob"], "with --hold-out ann"), (["--hold-out", "ann", "--dense", dense], "without --dense")):
+        status, printed = call(monkeypatch, capsys, grid, *arguments, *other)
+        assert status == 2
+        assert f"was begun {named}; do so again" in printed
+
+
+def test_the_dense_model_behind_the_curves_is_there():
+    model = sslprune.load(grid.HERE / "curves" / "dense.pt")
+    assert (model.task, model.encoder.shape) == ("asr", grid.SMALL)
 
 
 def test_the_grid_goes_to_the_background_and_says_how_to_stop_it(tmp_path):
@@ -108,8 +117,10 @@ def test_wrong_use_of_the_grid_is_refused(capsys, monkeypatch, tmp_path):
     arguments = ["--data", tmp_path, "--out", tmp_path / "grid"]
     (tmp_path / "file").write_text("")
     only, jobs, data, out = ["--only", "slu/mac-0.8-seed0"], ["--jobs", 0], ["--data", tmp_path / "x"], ["--out", tmp_path / "file" / "x"]
-    dense = ["--dense", tmp_path / "x.pt"]
-    for wrong, named in ((only, "slu/mac-0.8-seed0"), (jobs, "--jobs 0"), (data, "recordings"), (out, "a file stands"), (dense, "x.pt: no such")):
+    missing, other = ["--dense", tmp_path / "x.pt"], ["--dense", tmp_path / "slu.pt"]
+    sslprune.SpeechModel(tiny(), "slu", ["a"]).save(tmp_path / "slu.pt")
+    cases = ((only, "slu/mac-0.8-seed0"), (jobs, "--jobs 0"), (data, "recordings"), (out, "a file stands"), (missing, "x.pt: there is no"), (other, "no small"))
+    for wrong, named in cases:
         status, printed = call(monkeypatch, capsys, grid, *arguments, *wrong)
         assert status == 2
         assert named in printed.splitlines()[-1]
