@@ -18,7 +18,6 @@ import argparse
 import fcntl
 import functools
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -114,7 +113,7 @@ def main():
 
     if not Path(options.data, "recordings").is_dir():
         parser.error(f"{options.data}: holds no recordings/; --data takes the folder of the Free Spoken Digit Dataset")
-    given = {"data": options.data, "hold-out": options.hold_out, "dense": None}
+    given = f"--data {options.data} --hold-out {options.hold_out}"
     if options.dense:
         try:
             model = load(options.dense)
@@ -122,7 +121,7 @@ def main():
             parser.error(str(error))
         if (model.task, model.encoder.shape) != ("asr", SMALL):
             parser.error(f"{options.dense}: is no small dense model for recognition; give a dense.pt that the grid trained")
-        given["dense"] = f"{options.dense} (SHA-256 {hashlib.sha256(options.dense.read_bytes()).hexdigest()[:16]})"
+        given += f" --dense {options.dense} (SHA-256 {hashlib.sha256(options.dense.read_bytes()).hexdigest()[:16]})"
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: give at least 1")
     chosen = dict(points())
@@ -139,14 +138,11 @@ def main():
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             parser.error(f"{options.out}: a grid is running there")
-        begun = options.out / "grid.json"
-        if begun.exists():  # points of another origin, or another speaker, could not be compared
-            for name, value in json.loads(begun.read_text()).items():
-                if given[name] != value:
-                    how = f"with --{name} {value}" if value else f"without --{name}"
-                    parser.error(f"{options.out}: was begun {how}; do so again, or give another --out")
-        else:
-            write(begun, json.dumps(given).encode())
+        begun = options.out / "begun.txt"
+        if not begun.exists():
+            write(begun, given.encode())
+        elif begun.read_text() != given:  # points of another origin, or another speaker, could not be compared
+            parser.error(f"{options.out}: was begun with {begun.read_text()}; do so again, or give another --out")
         if options.background and (process := os.fork()):
             print(f"in the background; {options.out / 'grid.log'} has what is said, and kill -- -{process} stops it")
             return 0
