@@ -1,4 +1,4 @@
-"""Corpora, audio, batches, vocabulary and error rates.
+"""Corpora, audio, batches, transcripts and error rates.
 
 A corpus is three lists of `Utterance`, read in the layout in which its users have it and recognised by that layout; see
 `open_corpus`. The demo corpus is synthesised: see the end of this file. Audio is 16 kHz mono float32 everywhere.
@@ -7,10 +7,8 @@ A corpus is three lists of `Utterance`, read in the layout in which its users ha
 import json
 import logging
 import math
-import os
 import re
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,49 +17,40 @@ import numpy as np
 import soundfile
 import torch
 
+from flops import SAMPLE_RATE, UserError
+
 log = logging.getLogger("sslprune")
 
-SAMPLE_RATE = 16_000  # Hz; flops.py has it too, since neither imports the other
 LONGEST = 3600  # s of a file: attention takes the square of its length, and an hour takes an hour of a processor
-FILTER = (0, 150, 300, 600, 1200, 2400, 4800, 8000)  # Hz: the corners of random filters, an octave apart
-SPEED_STEPS = 40  # random speeds are multiples of a fortieth, since the FFT takes ten times as long for an arbitrary ratio
-JITTER = 0.1  # of the lengths by which batches are formed
 BAD_SHARE = 0.01  # of a corpus: with more bad utterances than this something is wrong with all of it
-
-
-class DataError(ValueError):
-    """Input that cannot be used. The message names the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A piece of speech: its audio is its `sources`, joined; each a file, or the samples themselves (float32, 16 kHz)."""
+    """A piece of speech. audio: its file, or the samples themselves (float32, 16 kHz)."""
 
     name: str
-    sources: tuple
+    audio: Path | np.ndarray
     seconds: float
     text: str = ""
     intent: str = ""  # scenario_action, where the scenario has no "_" of its own
     speed: float = 1.0  # the audio is played so many times as fast; `seconds` is what it then takes
-    gains: tuple = ()  # in dB at FILTER's frequencies, of a filter that it passes through; none: no filter
 
 
 @dataclass
 class Corpus:
-    """What `open_corpus` returns. `train` is a function from a seed (int) to the utterances of one epoch."""
+    """What `open_corpus` returns: the utterances of each split, and what was wrong with others."""
 
     kind: str
-    train: Callable = lambda epoch_seed: []
+    train: list = field(default_factory=list)
     dev: list = field(default_factory=list)
     test: list = field(default_factory=list)
-    unseen: list = field(default_factory=list)  # of a speaker who is in no other split
     size: int = 0  # utterances, the skipped ones among them
-    headers: dict = field(default_factory=dict)  # of the files; see `header`
     skip_bad: bool = False
-    skipped: dict = field(default_factory=dict)  # the reasons, each with its file, in order; the values mean nothing
+    skipped: dict = field(default_factory=dict)  # the reasons, in order, each naming its file; the values mean nothing
 
     def skip(self, reason):
-        """Leave something out, for a reason that names it. What it quotes may come from any file, and goes to a terminal."""
+        """Leave something out, for a reason that names it. What it quotes may come from any file: only text is shown."""
         reason = "".join(c if c.isprintable() else "?" for c in reason)
         if reason not in self.skipped:
             self.skipped[reason] = True
@@ -69,10 +58,145 @@ class Corpus:
                 log.warning("skipped: %s", reason)
 
     def check(self):
-        """Raise DataError where too many utterances are bad."""
-        if len(self.skipped) > BAD_SHARE * self.size and not self.skip_bad:
+        """Raise UserError where too many utterances are bad."""
+        bad = len(self.skipped)
+        if bad > BAD_SHARE * self.size and not self.skip_bad:
             one = next(iter(self.skipped))
-            raise DataError(f"{len(self.skipped)} of {self.size} utterances are unusable: mend them, or give --skip-bad. One: {one}")
+            raise UserError(f"{bad} of {self.size} utterances are unusable: mend them, or give --skip-bad. One: {one}")
+
+
+# --- Corpora -----------------------------------------------------------------------------------------------------------
+
+SUBSETS = {  # the folders (LibriSpeech) or annotation files (SLURP) of each split, unless the user names others
+    "LibriSpeech": {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
+    "SLURP": {"train": "train", "dev": "devel", "test": "test"},
+}
+
+
+def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False):
+    """The corpus at `path`, read in its own layout: LibriSpeech, SLURP, or "demo".
+
+    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the demo's training split.
+    subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names of folders or annotation files, joined
+    by commas. splits: those that must be there. Bad utterances are left out, and named in `skipped`.
+    Raises UserError where the layout is none of these, a split is missing or empty, or over 1 % are bad and not `skip_bad`.
+    """
+    subsets = {split: names for split, names in (subsets or {}).items() if names}
+    if str(path) == "demo":
+        if subsets:
+            raise UserError("the demo corpus has no subsets to choose from")
+        return demo_corpus(task, seed)
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"{root}: there is no such folder; --data takes a corpus's folder, or demo")
+    if next(root.glob("*/*/*/*.trans.txt"), None):
+        kind, read = "LibriSpeech", read_librispeech
+    elif _slurp_annotations(root):
+        kind, read = "SLURP", read_slurp
+    else:
+        raise UserError(
+            f"{root}: is no known corpus; LibriSpeech has SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl"
+        )
+    if kind == "LibriSpeech" and task == "slu":
+        raise UserError(f"{root}: LibriSpeech has no intents; use --task asr, or SLURP for --task slu")
+    corpus, changes = Corpus(kind, skip_bad=skip_bad), set()
+    for split in splits:
+        found = getattr(corpus, split)
+        for utterance in read(root, split, SUBSETS[kind] | subsets, corpus.skip):
+            try:
+                found.append(_checked(utterance, task, changes))
+            except UserError as error:
+                corpus.skip(str(error))
+        if not found:
+            bad = f"; the first of {len(corpus.skipped)} bad ones: {next(iter(corpus.skipped))}" if corpus.skipped else ""
+            raise UserError(f"{root}: the {split} split has no usable utterance{bad}")
+        corpus.size += len(found)
+    corpus.size += len(corpus.skipped)
+    corpus.check()
+    return corpus
+
+
+def _checked(utterance, task, changes):
+    """The utterance with its length, from the header of its file, and its transcript normalised. Raises UserError.
+
+    changes: a set of what has been said of how audio is changed, so that it is said once.
+    """
+    path = utterance.audio
+    try:
+        header = soundfile.info(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
+    if header.frames == 0:
+        raise UserError(f"{path}: is empty")
+    check_length(path, header.frames, header.samplerate, header.channels)
+    change = [f"{header.samplerate} Hz, resampled to {SAMPLE_RATE}"] * (header.samplerate != SAMPLE_RATE)
+    change += [f"{header.channels} channels, mixed down"] * (header.channels > 1)
+    if change and tuple(change) not in changes:
+        changes.add(tuple(change))
+        log.info("%s: %s (said once for all such files)", path, "; ".join(change))
+    text = normalise(utterance.text)
+    if task == "asr" and not text:
+        raise UserError(f"{utterance.name}: its transcript is empty")
+    return replace(utterance, text=text, seconds=header.frames / header.samplerate)
+
+
+def read_librispeech(root, split, subsets, skip):
+    """SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac; the texts of a chapter in its .trans.txt, `ID TEXT` a line."""
+    for subset in subsets[split].split(","):
+        if not (root / subset).is_dir():
+            raise UserError(f"{root / subset}: there is no such folder; name the {split} subsets with --{split}")
+        for transcripts in sorted((root / subset).glob("*/*/*.trans.txt")):
+            for number, line in _lines(transcripts):
+                name, _, text = line.partition(" ")
+                if re.fullmatch(r"[\w-]+", name):
+                    yield Utterance(name, transcripts.parent / f"{name}.flac", 0.0, text)
+                else:
+                    skip(f"{transcripts}: line {number} is not `ID TEXT`")
+
+
+def _slurp_annotations(root):
+    return next((folder for folder in (root / "dataset" / "slurp", root) if next(folder.glob("*.jsonl"), None)), None)
+
+
+def read_slurp(root, split, subsets, skip):
+    """dataset/slurp/*.jsonl, a sentence a line with its recordings; those in slurp_real/ and slurp_synth/.
+
+    Each recording is an utterance. The class is scenario_action: the field `intent` lacks the scenario on some lines.
+    """
+    annotations, parents = _slurp_annotations(root), (root, root / "audio", root / "scripts" / "audio")
+    audio = [parent / kind for kind in ("slurp_real", "slurp_synth") for parent in parents]
+    audio = [folder for folder in audio if folder.is_dir()]
+    if not audio:
+        raise UserError(f"{root}: holds no slurp_real/ with the recordings, nor audio/slurp_real/ or scripts/audio/slurp_real/")
+    for subset in subsets[split].split(","):
+        path = annotations / f"{subset}.jsonl"
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file; name the {split} annotations with --{split}")
+        for number, line in _lines(path):
+            try:
+                entry = json.loads(line)
+                scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
+                files = [str(recording["file"]) for recording in entry["recordings"]]
+                if not (scenario and action and f"{scenario}{action}".isprintable()):
+                    raise ValueError("scenario or action is no name")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                skip(f"{path}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
+                continue
+            for file in files:
+                if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
+                    skip(f"{path}: line {number} names no recording of the corpus: {file[:80]!r}")
+                    continue
+                place = next((folder / file for folder in audio if (folder / file).is_file()), audio[0] / file)
+                yield Utterance(file, place, 0.0, text, f"{scenario}_{action}")
+
+
+def _lines(path):
+    """(number, line) of each line of a UTF-8 text file that is not blank. Nothing but a newline ends a line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 # --- Audio -------------------------------------------------------------------------------------------------------------
@@ -81,7 +205,7 @@ class Corpus:
 def read_audio(path):
     """The whole file as float32 samples at 16 kHz, mono: (samples,). Other rates are resampled, channels averaged.
 
-    Raises DataError where it is missing, truncated, empty, not audio, or holds a value that is not finite.
+    Raises UserError where it is missing, truncated, empty, not audio, or holds a value that is not finite.
     """
     try:
         with soundfile.SoundFile(path) as file:
@@ -92,22 +216,22 @@ def read_audio(path):
             samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
             shortened = re.search(r"should be|truncated", file.extra_info, re.IGNORECASE)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: {_why_unreadable(path, error)}") from error
+        raise UserError(f"{path}: {_why_unreadable(path, error)}") from error
     if not len(samples):
-        raise DataError(f"{path}: is empty")
+        raise UserError(f"{path}: is empty")
     if len(samples) < promised or shortened:
-        raise DataError(f"{path}: is truncated")
+        raise UserError(f"{path}: is truncated")
     if not np.isfinite(samples).all():
-        raise DataError(f"{path}: holds values that are not finite")
+        raise UserError(f"{path}: holds values that are not finite")
     return resample(samples, rate)
 
 
 def check_length(path, frames, rate, channels):
-    """Raise DataError for a header that promises more than can be speech, before anything is allocated for it."""
+    """Raise UserError for a header that promises more than can be speech, before anything is allocated for it."""
     if not 1_000 <= rate <= 1_000_000 or channels > 1_000:
-        raise DataError(f"{path}: {rate} Hz with {channels} channels is no recording of speech")
+        raise UserError(f"{path}: {rate} Hz with {channels} channels is no recording of speech")
     if frames > LONGEST * rate:
-        raise DataError(f"{path}: is longer than {LONGEST} s; cut it up")
+        raise UserError(f"{path}: is longer than {LONGEST} s; cut it up")
 
 
 def _why_unreadable(path, error):
@@ -116,20 +240,14 @@ def _why_unreadable(path, error):
     return f"is not readable audio ({getattr(error, 'error_string', error)})"
 
 
-def resample(samples, rate, gains=()):
-    """Band-limited resampling to 16 kHz of (samples,) float32, in the frequency domain: its spectrum is cut or extended by zeros.
-
-    gains: in dB, at the frequencies of FILTER, of a filter to pass through on the way.
-    """
-    if rate == SAMPLE_RATE and not gains:
+def resample(samples, rate):
+    """Band-limited resampling to 16 kHz of (samples,) float32: its spectrum is cut, or extended by zeros."""
+    if rate == SAMPLE_RATE:
         return samples
     ratio = Fraction(rate).limit_denominator(SAMPLE_RATE) / SAMPLE_RATE
-    # Zeros behind the samples make both lengths products of small numbers, for which the FFT is ten times as fast as for a prime.
+    # With zeros behind the samples both lengths are products of small numbers: the FFT is ten times as fast as for a prime.
     length = fast_length(math.ceil(len(samples) / ratio.numerator))
     spectrum = np.fft.rfft(samples, length * ratio.numerator)
-    if gains:
-        frequencies = np.arange(len(spectrum)) * (SAMPLE_RATE / (length * ratio.denominator))
-        spectrum *= 10 ** (np.interp(frequencies, FILTER, gains) / 20)
     count = max(1, round(len(samples) / ratio))
     return (np.fft.irfft(spectrum, length * ratio.denominator)[:count] / float(ratio)).astype(np.float32)
 
@@ -142,8 +260,8 @@ def fast_length(length):
 
 def waveform(utterance):
     """The samples of an utterance, normalised to zero mean and unit variance: (samples,) float32."""
-    parts = [source if isinstance(source, np.ndarray) else read_audio(source) for source in utterance.sources]
-    samples = resample(np.concatenate(parts), SAMPLE_RATE * utterance.speed, utterance.gains)
+    samples = utterance.audio if isinstance(utterance.audio, np.ndarray) else read_audio(utterance.audio)
+    samples = resample(samples, SAMPLE_RATE * utterance.speed)
     return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
 
 
@@ -156,30 +274,55 @@ def pad(waveforms):
     return padded, lengths
 
 
-def perturb_speed(utterances, share, rng):
-    """The utterances at random speeds from 1 - share to 1 + share, their pitch and formants with them: more voices than there are.
+# --- Epochs and batches ------------------------------------------------------------------------------------------------
 
-    (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with the three speeds 0.9, 1.0 and 1.1.) In whole steps of
-    1 / SPEED_STEPS. rng: numpy Generator.
+JITTER = 0.1  # of the lengths by which batches are formed
+
+
+def epoch(utterances, corpus, frames, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
+    """The batches of one epoch of training, in random order; utterances that cannot be trained on are skipped.
+
+    frames: a function from samples to the frames that the model makes of them. ctc: whether the transcript must fit in.
+    speed_perturbation: utterances are played at random so much slower or faster, where they still fit.
     """
-    steps = int(share * SPEED_STEPS + 1e-9)
-    speeds = (1 + rng.integers(-steps, steps + 1, len(utterances)) / SPEED_STEPS).tolist()
+    utterances = usable(utterances, corpus, frames, ctc)
+    if speed_perturbation:
+        longest = max((u.seconds for u in utterances), default=0)
+        played = zip(utterances, perturb_speed(utterances, speed_perturbation, rng))
+        utterances = [new if new.seconds <= longest and fits(new, frames, ctc) else old for old, new in played]
+    if shortest_first:
+        return batches(utterances, batch_seconds)[::-1]
+    return batches(utterances, batch_seconds, rng)
+
+
+def usable(utterances, corpus, frames, ctc):
+    """The utterances that fit; the others are skipped. Arguments as for `epoch`."""
+    kept = []
+    for u in utterances:
+        if fits(u, frames, ctc):
+            kept.append(u)
+        else:
+            made, needed = max(0, frames(round(u.seconds * SAMPLE_RATE))), frames_needed(u.text) if ctc else 1
+            corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {made} frames; {needed} are needed")
+    return kept
+
+
+def fits(utterance, frames, ctc):
+    """Whether an utterance makes a frame and, for CTC, enough of them for its transcript."""
+    return frames(round(utterance.seconds * SAMPLE_RATE)) >= (frames_needed(utterance.text) if ctc else 1)
+
+
+def perturb_speed(utterances, change, rng):
+    """The utterances slower by `change`, as they are, or faster, at random, their pitch with them: more voices than there are.
+
+    (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with 0.1.) rng: numpy Generator.
+    """
+    speeds = rng.choice([1 - change, 1.0, 1 + change], len(utterances)).tolist()
     return [replace(u, speed=speed, seconds=u.seconds / speed) for u, speed in zip(utterances, speeds)]
 
 
-def filter_randomly(utterances, decibels, rng):
-    """The utterances through random filters, as other microphones and rooms have: independent normal gains at the frequencies of FILTER.
-
-    decibels: their standard deviation. rng: numpy Generator.
-    """
-    return [replace(u, gains=tuple(gains)) for u, gains in zip(utterances, rng.normal(0, decibels, (len(utterances), len(FILTER))).tolist())]
-
-
-# --- Batches -----------------------------------------------------------------------------------------------------------
-
-
 def batches(utterances, seconds, rng=None):
-    """Lists of utterances of like length that fill at most `seconds` of audio, padding included; a longer one stands alone.
+    """Lists of utterances of like length that fill at most `seconds` of audio with padding; a longer one stands alone.
 
     With `rng` (numpy Generator) the batches differ each time and come in random order; else they are fixed, longest first.
     """
@@ -200,8 +343,8 @@ def batches(utterances, seconds, rng=None):
 class Loader(torch.utils.data.Dataset):
     """Batches with their audio, for torch.utils.data.DataLoader(..., batch_size=None).
 
-    An item is (utterances, waveforms (batch, samples) float32, lengths (batch,) int64, bad): what could not be read is left out,
-    and `bad` has the reasons. Where nothing is left, utterances is empty and the tensors are None.
+    An item is (utterances, waveforms (batch, samples) float32, lengths (batch,) int64, bad): what could not be read is
+    left out, and `bad` has the reasons. Where nothing is left, utterances is empty and the tensors are None.
     """
 
     def __init__(self, batches):
@@ -216,7 +359,7 @@ class Loader(torch.utils.data.Dataset):
             try:
                 waveforms.append(waveform(utterance))
                 kept.append(utterance)
-            except DataError as error:
+            except UserError as error:
                 bad.append(str(error))
         return kept, *(pad(waveforms) if kept else (None, None)), bad
 
@@ -265,222 +408,6 @@ def error_rate(references, hypotheses, split=str.split):
     """Edits over reference length, of a whole corpus: of words, or of characters with split=list. A fraction, which can exceed 1."""
     edits = sum(edit_distance(split(r), split(h)) for r, h in zip(references, hypotheses, strict=True))
     return edits / max(1, sum(len(split(r)) for r in references))
-
-
-# --- Corpora -----------------------------------------------------------------------------------------------------------
-
-SUBSETS = {  # the folders (LibriSpeech) or annotation files (SLURP) of each split, unless the user names others
-    "LibriSpeech": {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
-    "SLURP": {"train": "train", "dev": "devel", "test": "test"},
-}
-
-
-def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False, headers=None, hold_out=None):
-    """The corpus at `path`, read in its own layout: LibriSpeech, SLURP, Free Spoken Digit Dataset, or "demo".
-
-    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the training split where it is composed (digits, demo).
-    splits: those that must be there.
-    subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names of the folders or annotation files, joined
-    by commas. Bad utterances are left out, and named in `skipped`. headers: what `header` is to remember, as an earlier run found it.
-    hold_out: a speaker of the digits corpus, all of whose recordings are the split "unseen", and in no other.
-    Raises DataError where the layout is none of these, a split is missing or empty, or over 1 % are bad and not `skip_bad`.
-    """
-    subsets = {split: names for split, names in (subsets or {}).items() if names}
-    if path in (None, "demo"):
-        if hold_out:
-            raise DataError("--hold-out takes a speaker of the Free Spoken Digit Dataset; the demo corpus has a new voice in each utterance")
-        if subsets:
-            raise DataError("the demo corpus has no subsets to choose from")
-        return demo_corpus(task, seed)
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder; --data takes a corpus's folder, or demo")
-    if (root / "recordings").is_dir():
-        kind, read = "digits", read_digits
-    elif next(root.glob("*/*/*/*.trans.txt"), None):
-        kind, read = "LibriSpeech", read_librispeech
-    elif _slurp_annotations(root):
-        kind, read = "SLURP", read_slurp
-    else:
-        raise DataError(
-            f"{root}: is no known corpus; LibriSpeech has SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl,"
-            " the Free Spoken Digit Dataset recordings/*.wav"
-        )
-    if kind == "LibriSpeech" and task == "slu":
-        raise DataError(f"{root}: LibriSpeech has no intents; use --task asr, or SLURP for --task slu")
-    if kind == "digits" and subsets:
-        raise DataError(f"{root}: the digits corpus is split by take; it has no subsets to choose from")
-    if hold_out:
-        if kind != "digits":
-            raise DataError(f"--hold-out takes a speaker of the Free Spoken Digit Dataset; {kind} has other speakers in dev and test than in train")
-        speakers = sorted({speaker(recording) for recording in read_digits(root, "unseen", {}, skip=None)})
-        if hold_out not in speakers:
-            raise DataError(f"--hold-out {hold_out}: is no speaker of {root}, which has {', '.join(speakers)}")
-        splits = (*splits, "unseen")
-    corpus, found, said = Corpus(kind, skip_bad=skip_bad, headers={} if headers is None else headers), {}, set()
-    for split in splits:
-        found[split] = []
-        for utterance in read(root, split, SUBSETS.get(kind, {}) | subsets, corpus.skip):
-            if hold_out and (speaker(utterance) == hold_out) != (split == "unseen"):
-                continue
-            try:
-                found[split].append(_checked(utterance, task, corpus.headers, said))
-            except DataError as error:
-                corpus.skip(str(error))
-        if not found[split]:
-            reason = f"; the first of {len(corpus.skipped)} bad ones: {next(iter(corpus.skipped))}" if corpus.skipped else ""
-            raise DataError(f"{root}: the {split} split has no usable utterance{reason}")
-    corpus.size = sum(map(len, found.values())) + len(corpus.skipped)
-    corpus.check()
-    if kind == "digits" and task == "asr":
-        corpus.train = lambda epoch_seed: digit_strings(found["train"], np.random.default_rng([seed, 0, epoch_seed]))
-        rngs = {split: np.random.default_rng([0, number]) for number, split in enumerate(("dev", "test", "unseen"), 1)}
-        composed = {split: digit_strings(found[split], rngs[split], times=EVALUATED) for split in found if split != "train"}
-    else:
-        composed = found
-        corpus.train = lambda epoch_seed: found["train"]
-    corpus.dev, corpus.test, corpus.unseen = (composed.get(split, []) for split in ("dev", "test", "unseen"))
-    return corpus
-
-
-def header(path, known):
-    """Frames, sampling rate and channels of an audio file. known: {path: [size, time of change, frames, rate, channels]}, kept up."""
-    try:
-        status = os.stat(path)
-        entry = known.get(str(path), [])
-        if entry[:2] != [status.st_size, status.st_mtime_ns]:
-            info = soundfile.info(path)
-            entry = known[str(path)] = [status.st_size, status.st_mtime_ns, info.frames, info.samplerate, info.channels]
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: {_why_unreadable(path, error)}") from error
-    return entry[2:]
-
-
-def read_headers(path):
-    """What `header` knows, from the file in which a run keeps it."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if not all(len(entry) == 5 and all(type(number) is int for number in entry) for entry in known.values()):
-            raise ValueError("not headers")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is damaged; remove it, and the headers are read again") from error
-    return known
-
-
-def _checked(utterance, task, headers, said):
-    """The utterance with its length from the header of its file, and its transcript normalised. Raises DataError.
-
-    said: a set, of what has been logged and is not to be logged again.
-    """
-    (path,) = utterance.sources
-    frames, rate, channels = header(path, headers)
-    if frames == 0:
-        raise DataError(f"{path}: is empty")
-    check_length(path, frames, rate, channels)
-    change = [f"{rate} Hz, resampled to {SAMPLE_RATE}"] * (rate != SAMPLE_RATE)
-    change += [f"{channels} channels, mixed down"] * (channels > 1)
-    if change and tuple(change) not in said:
-        said.add(tuple(change))
-        log.info("%s: %s (said once for all such files)", path, "; ".join(change))
-    text = normalise(utterance.text)
-    if task == "asr" and not text:
-        raise DataError(f"{utterance.name}: its transcript is empty")
-    return replace(utterance, text=text, seconds=frames / rate)
-
-
-def read_librispeech(root, split, subsets, skip):
-    """SUBSET/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac; the texts of a chapter in its .trans.txt, `ID TEXT` a line."""
-    for subset in subsets[split].split(","):
-        if not (root / subset).is_dir():
-            raise DataError(f"{root / subset}: there is no such folder; name the {split} subsets with --{split}")
-        for transcripts in sorted((root / subset).glob("*/*/*.trans.txt")):
-            for number, line in _lines(transcripts):
-                name, _, text = line.partition(" ")
-                if re.fullmatch(r"[\w-]+", name):
-                    yield Utterance(name, (transcripts.parent / f"{name}.flac",), 0.0, text)
-                else:
-                    skip(f"{transcripts}: line {number} is not `ID TEXT`")
-
-
-def _slurp_annotations(root):
-    return next((folder for folder in (root / "dataset" / "slurp", root) if next(folder.glob("*.jsonl"), None)), None)
-
-
-def read_slurp(root, split, subsets, skip):
-    """dataset/slurp/*.jsonl, a sentence a line with its recordings; those in slurp_real/ and slurp_synth/.
-
-    Each recording is an utterance. The class is scenario_action: the field `intent` lacks the scenario on some lines.
-    """
-    annotations = _slurp_annotations(root)
-    audio = [folder / kind for kind in ("slurp_real", "slurp_synth") for folder in (root, root / "audio", root / "scripts" / "audio")]
-    audio = [folder for folder in audio if folder.is_dir()]
-    if not audio:
-        raise DataError(f"{root}: holds no slurp_real/ with SLURP's recordings, nor audio/slurp_real/ or scripts/audio/slurp_real/")
-    for subset in subsets[split].split(","):
-        path = annotations / f"{subset}.jsonl"
-        if not path.is_file():
-            raise DataError(f"{path}: there is no such file; name the {split} annotations with --{split}")
-        for number, line in _lines(path):
-            try:
-                entry = json.loads(line)
-                scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
-                files = [str(recording["file"]) for recording in entry["recordings"]]
-                if not (scenario and action and f"{scenario}{action}".isprintable()):
-                    raise ValueError("scenario or action is no name")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                skip(f"{path}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
-                continue
-            for file in files:
-                if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
-                    skip(f"{path}: line {number} names no recording of the corpus: {file[:80]!r}")
-                    continue
-                place = next((folder / file for folder in audio if (folder / file).is_file()), audio[0] / file)
-                yield Utterance(file, (place,), 0.0, text, f"{scenario}_{action}")
-
-
-def read_digits(root, split, subsets, skip):
-    """recordings/{digit}_{speaker}_{take}.wav of the Free Spoken Digit Dataset: takes 0-4 test, 5-9 dev, the rest training."""
-    takes = {"test": range(5), "dev": range(5, 10), "train": range(10, 1_000_000), "unseen": range(1_000_000)}[split]
-    for path in sorted((root / "recordings").glob("*.wav")):
-        match = re.fullmatch(r"(\d)_(\w+)_(\d{1,6})", path.stem)
-        if match and int(match[3]) in takes:
-            digit = DIGITS[int(match[1])]
-            yield Utterance(path.stem, (path,), 0.0, digit, digit)
-        elif not match and split == "train":  # name it once
-            skip(f"{path}: is not named DIGIT_SPEAKER_TAKE.wav")
-
-
-def speaker(recording):
-    """Of an utterance of `read_digits`."""
-    return recording.name.split("_", 1)[1].rsplit("_", 1)[0]
-
-
-PAUSE = np.zeros(SAMPLE_RATE // 10, np.float32)  # between the digits of a string
-EVALUATED = 4  # strings that each recording is in where it is evaluated: the error of one such set is 2 points off another's
-
-
-def digit_strings(recordings, rng, times=1):
-    """Strings of two to five digits of one speaker (its last may be shorter); each recording is in so many of them as `times` says."""
-    strings = []
-    for name in sorted({speaker(r) for r in recordings}) * times:
-        own = [r for r in recordings if speaker(r) == name]
-        order = rng.permutation(len(own)).tolist()
-        while order:
-            chosen = [own[order.pop()] for _ in range(min(len(order), rng.integers(2, 6)))]
-            sources = [source for r in chosen for source in (PAUSE, *r.sources)][1:]
-            seconds = sum(r.seconds for r in chosen) + len(PAUSE) / SAMPLE_RATE * (len(chosen) - 1)
-            name = "+".join(r.name for r in chosen)
-            strings.append(Utterance(name, tuple(sources), seconds, " ".join(r.text for r in chosen)))
-    return strings
-
-
-def _lines(path):
-    """(number, line) of each line of a UTF-8 text file that is not blank. Nothing but a newline ends a line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 # --- The demo corpus: a source-filter synthesiser -------------------------------------------------------------------------
@@ -583,5 +510,5 @@ def demo_corpus(task, seed):
                 words = [rng.choice(DIGITS) if word == "#" else word for word in rng.choice(COMMANDS[intent]).split()]
             samples = synthesise(words, rng)
             name = f"demo-{split}-{i:04}"
-            splits[split].append(Utterance(name, (samples,), len(samples) / SAMPLE_RATE, normalise(" ".join(words)), intent))
-    return Corpus("demo", lambda epoch_seed: splits["train"], splits["dev"], splits["test"], size=sum(DEMO_SIZES.values()))
+            splits[split].append(Utterance(name, samples, len(samples) / SAMPLE_RATE, normalise(" ".join(words)), intent))
+    return Corpus("demo", **splits, size=sum(DEMO_SIZES.values()))

@@ -1,24 +1,30 @@
 """The shape of a wav2vec2 model, dense or pruned, and what it costs: multiply-accumulates (MACs) and parameters.
 
-    python flops.py                         # wav2vec2-base on 10 s of audio
-    python flops.py --seconds 30 MODEL      # any checkpoint that transformer.load_pretrained reads, dense or pruned
+    python flops.py --seconds 30              # the table of wav2vec2-base, on 30 s of audio
+    python sslprune.py --describe CHECKPOINT  # that of any checkpoint, dense or pruned
 
-`cost` is the only cost arithmetic of the project. It uses nothing but +, -, * and //, so integer counts give exact integers,
-and expected counts (tensors) give the differentiable expected cost: the counts of different layers are independent and each
-enters linearly, hence the expectation of the cost is the cost of the expectations.
+`cost` is the only cost arithmetic of the project. It uses nothing but +, -, * and //, so integer counts give exact
+integers, and expected counts (tensors) give the differentiable expected cost: the counts of different layers are
+independent and each enters linearly, hence the expectation of the cost is the cost of the expectations.
 
-One MAC is one multiplication and one addition; FLOPs = 2 MACs. Counted are convolutions, linear layers, Q K^T and A V. Not
-counted are normalisation, activation, softmax and biases. The counts stop at the encoder's features: a task head is not
+One MAC is one multiplication and one addition; FLOPs = 2 MACs. Convolutions, linear layers, Q K^T and A V are counted;
+normalisation, activation, softmax and biases are not. The counts stop at the encoder's features: a task head is not
 among them.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 SAMPLE_RATE = 16_000  # Hz, of every waveform in this project
 SECONDS = 10  # of audio: the length on which MACs are constrained and reported
+SAMPLES = SECONDS * SAMPLE_RATE
+
+
+class UserError(ValueError):
+    """What the user can mend. The message says in one line what is wrong, with which file or flag, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Shape:
     position_groups: int
 
     def frames(self, samples):
-        """Frames after each convolution, first to last, for `samples` (int or integer tensor): n <- (n - kernel)//stride + 1."""
+        """Frames after each convolution for `samples` (int or integer tensor): n <- (n - kernel)//stride + 1."""
         counts = []
         for kernel, stride in zip(self.kernels, self.strides):
             samples = (samples - kernel) // stride + 1
@@ -50,7 +56,7 @@ class Shape:
         return counts
 
     def position_frames(self, frames):
-        """Frames that the positional convolution makes of so many: an even kernel makes one too many; it is computed, and dropped."""
+        """Frames that the positional convolution computes: an even kernel makes one too many, which is dropped."""
         return frames + 1 - self.position_kernel % 2
 
     @property
@@ -77,9 +83,9 @@ class Shape:
         """The inverse of `as_dict`. Raises TypeError or ValueError where the fields are not those of a possible model."""
         shape = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
         convolutions, layers = (shape.channels, shape.kernels, shape.strides), (shape.heads, shape.units)
-        single = (shape.width, shape.head_width, shape.position_kernel, shape.position_groups)
-        numbers = [*single, *sum(convolutions + layers, ())]
-        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all((*single, *sum(convolutions, ()))):
+        positive = [shape.width, shape.head_width, shape.position_kernel, shape.position_groups, *sum(convolutions, ())]
+        numbers = [*positive, *sum(layers, ())]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all(positive):
             raise ValueError("a number of its shape is not a whole number in range")
         equally_many = len(set(map(len, convolutions))) == len(set(map(len, layers))) == 1
         skips = any(kernel < stride for kernel, stride in zip(shape.kernels, shape.strides))
@@ -93,8 +99,11 @@ BASE = Shape(
     channels=(512,) * 7, kernels=(10, 3, 3, 3, 3, 2, 2), strides=(5, 2, 2, 2, 2, 2, 2), width=768, head_width=64,
     heads=(12,) * 12, units=(3072,) * 12, position_kernel=128, position_groups=16,
 )
-# The same family at a fortieth of the size, with base's proportions: the frontend has 31 % of the MACs, 4.9 % of the parameters.
-SMALL = replace(BASE, channels=(80,) * 7, width=192, head_width=32, heads=(6,) * 4, units=(800,) * 4, position_kernel=64)
+# The same family at a fortieth of the size, with base's proportions: the frontend has 31 % of the MACs and 4.9 % of the
+# parameters.
+SMALL = replace(
+    BASE, channels=(80,) * 7, width=192, head_width=32, heads=(6,) * 4, units=(800,) * 4, position_kernel=64,
+)
 
 
 class Part(NamedTuple):
@@ -111,7 +120,7 @@ def _total(parts):
 
 @dataclass(frozen=True)
 class Cost:
-    """What `cost` returns: the totals `macs` and `params`, and a `Part` each for frontend, projection, position, attention, ffn."""
+    """What `cost` returns: the totals `macs` and `params`, and a `Part` for each part of the model."""
 
     convolutions: tuple  # one Part per convolution of the frontend
     projection: Part
@@ -144,9 +153,9 @@ class Cost:
 def cost(shape, samples):
     """MACs and parameters of an encoder of this shape on one utterance of `samples` samples at 16 kHz.
 
-    Every trainable tensor of `transformer.Wav2Vec2` counts as parameters: a normalisation with the layer that it follows (the
-    projection's with the projection), the mask embedding with the projection. One tensor does not: `projection.scale`, the
-    gate values that slicing leaves before a LayerNorm, is a fixed vector, all ones in a dense model, and is not trained.
+    Every trainable tensor of `transformer.Wav2Vec2` counts as parameters: a normalisation with the layer that it follows
+    (the projection's with the projection), the mask embedding with the projection. Two vectors of `frontend.Projection`
+    do not, since they are fixed: `scale` and `shut`, which hold what slicing leaves behind before the LayerNorm.
 
     Raises ValueError where `samples` is less than the receptive field.
     """
@@ -166,14 +175,15 @@ def cost(shape, samples):
 
     kernel = shape.position_kernel
     weights = width * (width // shape.position_groups) * kernel
-    position = Part(shape.position_frames(frames) * weights, weights + kernel + width + layer_norm)  # weight norm has a gain per tap
+    gains = kernel  # weight norm has one for each tap
+    position = Part(shape.position_frames(frames) * weights, weights + gains + width + layer_norm)
 
-    layers = len(shape.heads)
-    head_features = sum(shape.heads) * shape.head_width
-    attention_linear = Part(4 * frames * width * head_features, (4 * width + 3) * head_features + layers * (width + layer_norm))
-    attention_product = Part(2 * frames * frames * head_features, 0)
+    biases_and_norms = len(shape.heads) * (width + layer_norm)  # of a part's output, which stay in a layer that lost all
+    features = sum(shape.heads) * shape.head_width
+    attention_linear = Part(4 * frames * width * features, (4 * width + 3) * features + biases_and_norms)
+    attention_product = Part(2 * frames * frames * features, 0)
     units = sum(shape.units)
-    ffn = Part(2 * frames * width * units, (2 * width + 1) * units + layers * (width + layer_norm))
+    ffn = Part(2 * frames * width * units, (2 * width + 1) * units + biases_and_norms)
     return Cost(tuple(convolutions), projection, position, attention_linear, attention_product, ffn)
 
 
@@ -182,7 +192,8 @@ def table(shape, seconds=SECONDS):
     samples = round(seconds * SAMPLE_RATE)
     c, frame_counts = cost(shape, samples), shape.frames(samples)
     frames = frame_counts[-1]
-    rows = [(f"conv {i} ({shape.channels[i - 1]})", n, part) for i, (n, part) in enumerate(zip(frame_counts, c.convolutions), 1)]
+    convolutions = enumerate(zip(shape.channels, frame_counts, c.convolutions), 1)
+    rows = [(f"convolution {i} ({channels})", n, part) for i, (channels, n, part) in convolutions]
     rows += [
         ("frontend", None, c.frontend),
         ("projection", frames, c.projection),
@@ -194,34 +205,29 @@ def table(shape, seconds=SECONDS):
     ]
     lines = [f"{'part':<30}{'frames':>9}{'MACs':>19}{'share':>9}{'parameters':>14}{'share':>9}"]
     for name, n, part in rows:
-        shares = f"{part.macs / c.macs:9.2%}", f"{part.params / c.params:9.2%}"
-        lines.append(f"{name:<30}{'' if n is None else format(n, ','):>9}{part.macs:>19,}{shares[0]}{part.params:>14,}{shares[1]}")
+        macs, params = (f"{value:,}{value / whole:9.2%}" for value, whole in zip(part, c.total))
+        lines.append(f"{name:<30}{'' if n is None else format(n, ','):>9}{macs:>28}{params:>23}")
+    return "\n".join(lines)
+
+
+def picture(shape, dense):
+    """What each layer kept of the dense shape, as lines of text: a # for each kept twentieth."""
+    lines = ["what each layer kept"]
+    for kind, title in (("channels", "convolution"), ("heads", "heads of layer"), ("units", "units of layer")):
+        for layer, (kept, full) in enumerate(zip(getattr(shape, kind), getattr(dense, kind)), 1):
+            bar = "#" * math.ceil(20 * kept / max(1, full))
+            lines.append(f"{title:>15} {layer:2}  {bar:.<20}  {kept}/{full}")
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="MACs and parameters of a wav2vec2 model, part by part.")
-    parser.add_argument("checkpoint", nargs="?", help="any checkpoint that sslprune reads (default: the shape of wav2vec2-base)")
+    parser = argparse.ArgumentParser(description="MACs and parameters of wav2vec2-base, part by part.")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of audio at 16 kHz (default %(default)s)")
-    parser.error = lambda message: sys.exit(_refuse(message))
-    arguments = parser.parse_args()
-    shape = BASE
-    if arguments.checkpoint:
-        from transformer import CheckpointError, load_pretrained  # here, since transformer imports this module
-
-        try:
-            shape = load_pretrained(arguments.checkpoint).shape
-        except (CheckpointError, OSError) as error:
-            sys.exit(_refuse(error))
-    shortest = shape.receptive_field / SAMPLE_RATE
-    if not shortest <= arguments.seconds <= 1e6:
-        sys.exit(_refuse(f"--seconds {arguments.seconds:g}: give a length from {shortest:g}, which makes one frame, to a million"))
-    print(table(shape, arguments.seconds))
-
-
-def _refuse(message):
-    print(f"flops: {message}", file=sys.stderr)
-    return 2
+    parser.error = lambda message: parser.exit(2, f"flops: {message}\n")
+    seconds, shortest = parser.parse_args().seconds, BASE.receptive_field / SAMPLE_RATE
+    if not shortest <= seconds <= 1e6:
+        parser.error(f"--seconds {seconds:g}: give a length from {shortest:g}, which makes one frame, to a million")
+    print(table(BASE, seconds))
 
 
 if __name__ == "__main__":

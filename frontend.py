@@ -1,15 +1,20 @@
-"""The convolutional frontend of wav2vec2-base and the projection of its features (Baevski et al. 2020, arXiv 2006.11477).
+"""wav2vec2-base's convolutional frontend and the projection of its features (Baevski et al. 2020, arXiv 2006.11477).
 
-    waveform -> [convolution -> (GroupNorm, first layer only) -> GELU] x 7 -> LayerNorm -> linear -> time masks
+    waveform -> [convolution -> (GroupNorm, first layer only) -> GELU] x 7 -> LayerNorm -> linear -> masks
 
 It has a twentieth of wav2vec2-base's parameters, and a third of its MACs.
 
-Gates. A unit's gate multiplies its output, and what reads it is linear, so the gate is multiplied into the weights that read
-it: the same function, without a second pass over a large activation. Slicing does the same once and for all. The exception
-is the last convolution, which a LayerNorm reads; see `Projection`.
-"""
+Gates. A gate multiplies its unit's output. What reads the unit is linear, so the gate is multiplied into the weights
+that read it: the same function, without a second pass over a large activation. Slicing does the same once and for all.
+The last convolution is the exception, since a LayerNorm reads it: its gates multiply the channels themselves, and
+LayerNorm runs over all C channels of the dense model, the shut ones being 0. A shut channel's normalised value is then
+beta - mean rstd gamma, so slicing needs only C and one vector of the rest. With k kept channels of C,
 
-import math
+    mean = sum_kept x / C,  variance = (sum_kept (x - mean)^2 + (C - k) mean^2) / C,  y = (x - mean) rstd gamma + beta
+    W LayerNorm(x) + b = W_kept y + (b + W_shut beta_shut) - (mean rstd) W_shut gamma_shut
+
+is exact, and one forward serves the dense (k = C), the gated and the sliced model.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +22,8 @@ from torch import nn
 
 from gates import HardConcrete
 
-PIECE = 4_000  # frames of the first convolution (1.25 s of audio) in a piece: 8 MB at base's 512 channels
+TIME_SPAN = 10  # frames of a time mask (fairseq's recipes)
+CHANNEL_SPAN = 1 / 12  # of the width, of a channel mask: 64 features of base's 768 (the same)
 
 
 def valid(frames, length):
@@ -25,10 +31,19 @@ def valid(frames, length):
     return torch.arange(length, device=frames.device) < frames[:, None]
 
 
+def gated(layer, x, gate):
+    """layer(x * gate) for a linear layer or a convolution, with the gate of its inputs (inputs,) in the weights."""
+    weight = layer.weight * gate.view(-1, *[1] * (layer.weight.dim() - 2))
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    return F.conv1d(x, weight, stride=layer.stride)
+
+
 def keep_rows(layer, rows):
     """Keep only these outputs of a layer, in place: rows of all its parameters."""
     for name, parameter in list(layer.named_parameters(recurse=False)):
         setattr(layer, name, nn.Parameter(parameter[rows]))
+    _set_sizes(layer)
 
 
 def keep_columns(layer, columns, scale=None):
@@ -37,29 +52,25 @@ def keep_columns(layer, columns, scale=None):
     if scale is not None:
         weight = weight * scale.view(-1, *[1] * (weight.dim() - 2))
     layer.weight = nn.Parameter(weight)
+    _set_sizes(layer)
 
 
-def linear(x, weight, bias):
-    """x W^T + b: (batch, frames, inputs) -> (batch, frames, outputs).
-
-    On the CPU in float32 it is computed as a convolution over one frame, because torch leaves a convolution to oneDNN and a
-    matrix product to MKL, and oneDNN is up to twice as fast on processors that are not Intel's. But on one thread torch
-    has a slower convolution of its own.
-    """
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if plain and weight.numel() and torch.get_num_threads() > 1:
-        return F.conv1d(x.transpose(1, 2), weight[..., None], bias).transpose(1, 2)
-    return F.linear(x, weight, bias)
+def _set_sizes(layer):
+    """Let the attributes of torch's layers say what their tensors are."""
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    if isinstance(layer, nn.Conv1d):
+        layer.out_channels, layer.in_channels, _ = layer.weight.shape
 
 
 class FirstConvolution(nn.Module):
-    """The first convolution and its GroupNorm (one group per channel), with statistics over each utterance's valid frames.
+    """The first convolution and its GroupNorm (a group per channel), with statistics over each utterance's valid frames.
 
     The public implementations count the padding in (transformers issue 21534, fairseq 3227, torchaudio 2242). Here the
-    statistics come from the input: an output is w.p for a patch p of `kernel` samples, so a channel's mean is w.E[p] and its
-    variance w.Cov[p].w, exactly. GroupNorm is then a gain and a shift of the kernel, known before the convolution runs, and
-    makes no pass over the model's largest activation. The covariance is taken in float64: a high-pass kernel leaves a
-    millionth of the power of speech, and float32 would lose that in the sum.
+    statistics come from the input: an output is w.p for a patch p of `kernel` samples, so a channel's mean is w.E[p]
+    and its variance w.Cov[p].w, exactly. GroupNorm is then a gain and a shift of the kernel, known before the
+    convolution runs, and makes no pass over the model's largest activation. The covariance is taken in float64: a
+    high-pass kernel leaves a millionth of the power of speech, and float32 would lose that in the sum.
     """
 
     def __init__(self, channels, kernel, stride, eps=1e-5):
@@ -69,22 +80,16 @@ class FirstConvolution(nn.Module):
         self.kernel, self.stride, self.eps = kernel, stride, eps
 
     def forward(self, waveforms, frames=None):
-        """The patches p of the waveforms, and the kernel w and shift b of each utterance, such that w p + b is the output.
-
-        waveforms: (batch, samples); frames: (batch,) int, or None where all are valid.
-        Returns p (batch, kernel, frames), w (batch, channels, kernel), b (batch, channels, 1).
-        """
+        """waveforms: (batch, samples); frames: (batch,) int, or None: all are valid -> (batch, channels, frames)."""
         patches = waveforms.unfold(1, self.kernel, self.stride).transpose(1, 2).contiguous()
-        weight = self.weight[:, 0]
-        mean, variance = self.statistics(patches, weight, frames)
+        mean, variance = self.statistics(patches, frames)
         gain = self.norm_weight * torch.rsqrt(variance + self.eps)
         shift = self.norm_bias - gain * mean
-        return patches, gain[..., None] * weight, shift[..., None]
+        return torch.baddbmm(shift[..., None], gain[..., None] * self.weight[:, 0], patches)
 
-    @staticmethod
-    def statistics(patches, weight, frames):
-        """Mean and variance of each channel over the valid frames: (batch, channels) each, of the weight's dtype."""
-        count, centred = patches.shape[2], patches.double()
+    def statistics(self, patches, frames):
+        """Mean and variance of each channel, (batch, channels) each, over the valid of patches (batch, kernel, frames)."""
+        centred, count = patches.double(), patches.shape[2]
         if frames is not None:
             outside, count = ~valid(frames, count)[:, None], frames[:, None]
             centred = centred.masked_fill(outside, 0)
@@ -92,26 +97,12 @@ class FirstConvolution(nn.Module):
         centred = centred - mean[..., None]
         if frames is not None:
             centred = centred.masked_fill(outside, 0)
-        kernel, w = weight.shape[1], weight.double()
-        variance = 0
-        for lag in range(kernel):  # w.Cov.w, one diagonal of the symmetric Cov at a time
-            diagonal = (centred[:, lag:] * centred[:, : kernel - lag]).sum(2) / count
-            products = w[:, lag:] * w[:, : kernel - lag] * (1 if lag == 0 else 2)
+        w, variance = self.weight[:, 0].double(), 0
+        for lag in range(self.kernel):  # w.Cov.w, one diagonal of the symmetric Cov at a time
+            diagonal = (centred[:, lag:] * centred[:, : self.kernel - lag]).sum(2) / count
+            products = w[:, lag:] * w[:, : self.kernel - lag] * (1 if lag == 0 else 2)
             variance = variance + (diagonal[:, None] * products).sum(2)
-        return (mean[:, None] * w).sum(2).to(weight.dtype), variance.to(weight.dtype)
-
-
-class Convolution(nn.Module):
-    """A later convolution, without bias or padding. Its inputs' gate, if they have one, scales its weights."""
-
-    def __init__(self, inputs, outputs, kernel, stride):
-        super().__init__()
-        self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(outputs, inputs, kernel)))
-        self.kernel, self.stride = kernel, stride
-
-    def forward(self, x, gate=None):
-        """(batch, channels, frames) -> the same."""
-        return F.conv1d(x, self.weight if gate is None else self.weight * gate[:, None], stride=self.stride)
+        return (mean[:, None] * w).sum(2).to(self.weight.dtype), variance.to(self.weight.dtype)
 
 
 class Frontend(nn.Module):
@@ -120,49 +111,30 @@ class Frontend(nn.Module):
     def __init__(self, shape):
         super().__init__()
         channels, kernels, strides = shape.channels, shape.kernels, shape.strides
-        first = FirstConvolution(channels[0], kernels[0], strides[0])
-        later = (Convolution(*sizes) for sizes in zip(channels, channels[1:], kernels[1:], strides[1:]))
-        self.convolutions = nn.ModuleList([first, *later])
+        self.convolutions = nn.ModuleList([FirstConvolution(channels[0], kernels[0], strides[0])])
+        for sizes in zip(channels, channels[1:], kernels[1:], strides[1:]):
+            self.convolutions.append(nn.Conv1d(*sizes, bias=False))
+            nn.init.kaiming_normal_(self.convolutions[-1].weight)
         self.gates = None
 
     def forward(self, waveforms, frames=None):
-        """waveforms: (batch, samples) -> features (batch, frames, channels), and the last layer's gate (channels,) or None.
+        """waveforms: (batch, samples) -> features (batch, frames, channels), and the last layer's gate (channels,).
 
-        frames: (batch,) int, the valid frames after the *first* convolution, or None where there is no padding. The frames
-        that are valid after any later one depend on no others.
+        frames: (batch,) int, the valid frames after the *first* convolution, or None where there is no padding. The
+        frames that are valid after any later one depend on no others. The gate is None where there are no gates.
         """
-        first, *later = self.convolutions
         gates = [gate() for gate in self.gates] if self.gates else [None] * len(self.convolutions)
-        patches, kernel, shift = first(waveforms, frames)
-        outputs, rests = [], [None] * len(later)  # a layer's rest: the frames of the last piece that it has yet to read
-        for piece in patches.tensor_split(self.pieces(patches), dim=2):
-            x = F.gelu(torch.baddbmm(shift, kernel, piece))
-            for layer, convolution in enumerate(later):
-                if rests[layer] is not None:
-                    x = torch.cat((rests[layer], x), dim=2)
-                read = ((x.shape[2] - convolution.kernel) // convolution.stride + 1) * convolution.stride
-                rests[layer] = x[..., read:]
-                x = F.gelu(convolution(x, gates[layer]))
-            outputs.append(x)
-        return torch.cat(outputs, dim=2).transpose(1, 2), gates[-1]
-
-    def pieces(self, patches):
-        """How many pieces the frames are computed in, one after the other: the same sums, but in the processor's cache.
-
-        Measured on wav2vec2-base, 10 s: the frontend takes two thirds of the time, and the memory of one piece. While training
-        all activations are kept for the backward pass, so there is nothing to gain; nor is there on a GPU.
-        """
-        if torch.is_grad_enabled() or patches.device.type != "cpu":
-            return 1
-        batch, _, frames = patches.shape
-        stride = math.prod(convolution.stride for convolution in self.convolutions[1:])
-        return max(1, frames // max(PIECE // batch, 16 * stride))  # each piece is to make a frame in every layer
+        first, *later = self.convolutions
+        x = F.gelu(first(waveforms, frames))
+        for convolution, gate in zip(later, gates):
+            x = F.gelu(convolution(x) if gate is None else gated(convolution, x, gate))
+        return x.transpose(1, 2), gates[-1]
 
     def add_gates(self):
         self.gates = nn.ModuleList(HardConcrete(len(convolution.weight)) for convolution in self.convolutions)
 
     def slice(self):
-        """Remove the shut channels, in place. Returns the last layer's kept channels (indices) and their gates."""
+        """Remove the shut channels, in place. Returns the last layer's kept channels (indices), and its gate."""
         kept = scale = None
         for convolution, gate in zip(self.convolutions, self.gates):
             if kept is not None:
@@ -170,55 +142,73 @@ class Frontend(nn.Module):
             kept = gate.kept()
             scale = gate()[kept]
             keep_rows(convolution, kept)
-        self.gates = None
-        return kept, scale
+        last, self.gates = gate(), None
+        return kept, last
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over `total` channels of which all but the given are 0; see the module's docstring."""
+
+    def __init__(self, channels, total, eps=1e-5):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.total, self.eps = total, eps
+
+    def forward(self, x):
+        """x: (batch, frames, channels) -> y (the same), and mean * rstd (batch, frames, 1)."""
+        mean = x.sum(2, keepdim=True) / self.total
+        centred = x - mean
+        squares = centred.square().sum(2, keepdim=True) + (self.total - x.shape[2]) * mean.square()
+        rstd = torch.rsqrt(squares / self.total + self.eps)
+        return centred * rstd * self.weight + self.bias, mean * rstd
 
 
 class Projection(nn.Module):
-    """LayerNorm over the channels, then the map to the model's width, dropout, and SpecAugment-style time masks.
+    """LayerNorm over the channels, then the map to the model's width, dropout, and masks over time and over features.
 
-    LayerNorm does not commute with gates. While gated, its statistics run over the open channels only and shut channels stay
-    0 in its output, so that removing them changes nothing; the open gates of a sliced model stay as the vector `scale`.
+    scale: (channels,), the gates of the kept channels, and shut: (width,), W_shut gamma_shut, are what slicing leaves.
+    time_mask, channel_mask: probabilities; see `spans`. They act in training only (SpecAugment, Park et al. 2019, arXiv
+    1904.08779, as in wav2vec2: a learnt embedding for the masked frames, 0 for the masked features).
     """
 
-    def __init__(self, channels, width, dropout=0.1, mask_probability=0.0, mask_length=10):
+    def __init__(self, channels, width, total, dropout=0.1):
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.linear = nn.Linear(channels, width)
+        self.norm, self.linear = ChannelNorm(channels, total), nn.Linear(channels, width)
         self.mask_embedding = nn.Parameter(torch.empty(width).uniform_())
         self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("shut", torch.zeros(width))
         self.dropout = nn.Dropout(dropout)
-        self.mask_probability, self.mask_length = mask_probability, mask_length
+        self.time_mask = self.channel_mask = 0.0
 
-    def forward(self, x, gate=None):
-        """x: (batch, frames, channels), gate: (channels,) or None -> (batch, frames, width)."""
-        if gate is None:
-            x = self.norm(x * self.scale)
-        else:
-            x = x * (self.scale * gate)
-            is_open = (gate > 0).to(x.dtype)
-            count = is_open.sum().clamp(min=1)
-            centred = (x - x.sum(2, keepdim=True) / count) * is_open
-            variance = centred.square().sum(2, keepdim=True) / count
-            x = centred * torch.rsqrt(variance + self.norm.eps) * self.norm.weight + self.norm.bias * is_open
-        x = self.dropout(linear(x, self.linear.weight, self.linear.bias))
-        if self.training and self.mask_probability:
-            x = torch.where(self.time_mask(x)[..., None], self.mask_embedding.to(x.dtype), x)
+    def forward(self, x, frames, gate=None):
+        """x: (batch, frames, channels), frames: (batch,) int, gate: (channels,) or None -> (batch, frames, width)."""
+        y, shift = self.norm(x * (self.scale if gate is None else self.scale * gate))
+        x = self.dropout(self.linear(y) - shift * self.shut)
+        if self.training and self.time_mask:
+            starts = torch.rand(x.shape[:2], device=x.device) < self.time_mask / TIME_SPAN
+            first = (torch.rand(len(x), device=x.device) * frames).long()  # so that no utterance is without
+            starts = starts | ~starts.any(1, keepdim=True) & F.one_hot(first, x.shape[1]).bool()
+            x = torch.where(spans(starts, TIME_SPAN)[..., None], self.mask_embedding.to(x.dtype), x)
+        if self.training and self.channel_mask:
+            length = max(1, round(CHANNEL_SPAN * x.shape[2]))
+            starts = torch.rand(len(x), x.shape[2], device=x.device) < self.channel_mask / length
+            x = x.masked_fill(spans(starts, length)[:, None], 0)
         return x
 
-    def time_mask(self, x):
-        """Spans of `mask_length` frames that start anywhere; without overlaps they would cover `mask_probability` of the frames.
-
-        (0.65 covers half of them. Park et al. 2019, arXiv 1904.08779; with overlaps, as in wav2vec2.) x: (batch, frames, width) -> (batch, frames) bool.
-        """
-        starts = torch.rand(x.shape[:2], device=x.device) < self.mask_probability / self.mask_length
-        earlier = F.pad(starts.float()[:, None], (self.mask_length - 1, 0))
-        return F.max_pool1d(earlier, self.mask_length, stride=1)[:, 0] > 0
-
-    def slice(self, kept, scale):
-        """Keep only these input channels, in place, and their gates as `scale`."""
+    def slice(self, kept, gate):
+        """Keep only these input channels (indices), in place; gate: (channels,) of all."""
+        is_shut = torch.ones_like(gate, dtype=torch.bool).index_fill(0, kept, False)
+        weight = self.linear.weight[:, is_shut]
+        self.shut = self.shut + weight @ self.norm.weight[is_shut]
+        self.linear.bias = nn.Parameter(self.linear.bias + weight @ self.norm.bias[is_shut])
         keep_rows(self.norm, kept)
-        self.norm.normalized_shape = (len(kept),)
         keep_columns(self.linear, kept)
-        self.linear.in_features = len(kept)
-        self.scale = self.scale[kept] * scale
+        self.scale = self.scale[kept] * gate[kept]
+
+
+def spans(starts, length):
+    """Spans of `length` from these starts, (rows, size) bool -> the same.
+
+    Where starts have the probability p / length, spans would cover p of a row if they did not overlap; 0.65 covers half.
+    """
+    return F.max_pool1d(F.pad(starts.float()[:, None], (length - 1, 0)), length, stride=1)[:, 0] > 0

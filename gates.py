@@ -16,6 +16,7 @@ What is constrained is the method's choice: `METHODS` (Peng et al. 2023, arXiv 2
 Gates are given to the functions here as a dictionary from (field of flops.Shape, layer) to gate, e.g. ("heads", 3).
 """
 
+import bisect
 import math
 from collections.abc import Callable
 from operator import attrgetter
@@ -24,33 +25,27 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from flops import SAMPLE_RATE, SECONDS, cost
+from flops import SAMPLES, UserError, cost
 
-SAMPLES = SECONDS * SAMPLE_RATE  # the utterance on which MACs are constrained
 TOLERANCE = 0.002  # of the dense cost, that hardening may leave unused for the sake of whole groups
-# The groups in which units are kept (half of it where a layer's size is no multiple). A vector register of AVX-512
-# holds 16 numbers in float32, and a convolution also works on two of them at a time. Measured with two threads, kernel 3 and
-# stride 2 from C to C channels, GMAC/s: C = 65 75, 72 91, 76 101, 80 145, so 65 channels take longer than 80; and
-# 272 160, 288 204, 304 161, 320 212, 345 177, 352 201, 362 148, 368 160, 384 211. A head is 32 or 64 features.
+# The groups in which units are kept (half of it where a layer's size is no multiple): a vector register of AVX-512 holds
+# 16 numbers in float32, a convolution works on two registers at a time, and odd sizes run slower (README, Speed).
 ALIGN = {"channels": 32, "heads": 1, "units": 16}
-
-
-class BudgetError(ValueError):
-    """A budget that the method cannot reach."""
 
 
 class HardConcrete(nn.Module):
     """Gates of the units of one layer (arXiv 1712.01312). Calling it samples z while training; else z is deterministic.
 
     beta, gamma, zeta: temperature and the ends of the stretched interval, the paper's values (its section 4).
-    drop: P(z = 0) at the start, so that gates start open and training starts from the dense model (DPHuBERT's value).
+    drop: P(s < 1/2) at the start, so that gates start open and training starts from the dense model. It is DPHuBERT's
+    0.01, as log alpha = log((1 - drop) / drop); P(z = 0), for which s has to be under 1/12, is then 0.002.
     """
 
     def __init__(self, units, beta=2 / 3, gamma=-0.1, zeta=1.1, drop=0.01):
         super().__init__()
         self.beta, self.gamma, self.zeta = beta, gamma, zeta
         self.shift = beta * math.log(-gamma / zeta)
-        self.log_alpha = nn.Parameter(torch.full((units,), math.log((1 - drop) / drop) + self.shift))
+        self.log_alpha = nn.Parameter(torch.full((units,), math.log((1 - drop) / drop)))
 
     def open_probability(self):
         """P(z != 0) of each unit: (units,) float64, since sums over a whole model need more digits than float32 has."""
@@ -104,26 +99,25 @@ KINDS = {method: sum((constraint.kinds for constraint in constraints), ()) for m
 
 
 def check_budget(shape, method, budget):
-    """Raise BudgetError where `method` cannot bring a model of this dense shape down to `budget`, a fraction of its cost.
+    """Raise UserError where `method` cannot bring a model of this dense shape down to `budget`, a fraction of its cost.
 
     The floor of a constraint keeps one channel per convolution and no heads or units, of the kinds that it governs.
     """
     dense = cost(shape, SAMPLES)
     for constraint in METHODS[method]:
-        smallest = shape.with_counts(
-            {
-                (kind, layer): 1 if kind == "channels" else 0
-                for kind in constraint.kinds
-                for layer in range(len(getattr(shape, kind)))
-            }
-        )
+        places = [(kind, layer) for kind in constraint.kinds for layer in range(len(getattr(shape, kind)))]
+        smallest = shape.with_counts({place: fewest(place) for place in places})
         floor = constraint.measure(cost(smallest, SAMPLES)) / constraint.measure(dense)
         if budget < floor:
-            rounded_up = math.ceil(floor * 1e4) / 1e4
-            raise BudgetError(
-                f"budget {budget:g} is out of reach: method {method} cannot bring the {constraint.name} under {rounded_up:.4f}"
-                " of the dense model's; give a larger --budget or another --method"
+            raise UserError(
+                f"budget {budget:g} is out of reach: method {method} cannot bring the {constraint.name} under"
+                f" {math.ceil(floor * 1e4) / 1e4:.4f} of the dense model's; give a larger --budget or another --method"
             )
+
+
+def fewest(place):
+    """How many units must stay in a place: a channel in each convolution; a layer may lose all its heads or units."""
+    return 1 if place[0] == "channels" else 0
 
 
 def expected_shape(shape, gates):
@@ -159,10 +153,10 @@ class Lagrangian(nn.Module):
 def harden(gates, shape, method, budget, ragged=False):
     """Shut gates for good, so that the actual cost is at most `budget` of the dense, and as close under it as units allow.
 
-    Units are kept in groups of ALIGN (`ragged`: one by one), the most probably open ones first, under one global threshold over
-    all layers; a group below it is kept after all where it still fits. Where that leaves more than TOLERANCE unused, because
-    groups are coarse for so small a model or constraint, single units of the last layers fill it, if need be in exchange for
-    some of another layer. Each convolution keeps a channel. Raises BudgetError where even the smallest model costs more.
+    The most probably open units are kept, in groups of ALIGN (`ragged`: one by one), under one threshold over all layers.
+    The feed-forward units, the finest of all, make up the difference: those about the threshold give way to the group that
+    the threshold falls on, and those under it fill what is left; see `counts_to_keep`. gates: by place; their log alpha
+    is changed. Raises UserError where even the smallest model costs more.
     """
     dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
@@ -171,51 +165,58 @@ def harden(gates, shape, method, budget, ragged=False):
         def share(counts, measure=constraint.measure):
             return measure(cost(shape.with_counts(kept | counts), SAMPLES)) / measure(dense)
 
-        counts = _counts_that_fit(governed, share, budget, ragged)
-        if counts is None:
-            raise BudgetError(f"budget {budget:g} is out of reach for the {constraint.name}; give a larger --budget")
+        if share({place: fewest(place) for place in governed}) > budget:
+            raise UserError(f"budget {budget:g} is out of reach for the {constraint.name}; give a larger --budget")
+        counts = counts_to_keep(governed, share, budget, ragged)
         kept |= counts
         for place, gate in governed.items():
             gate.harden(counts[place])
 
 
-def _counts_that_fit(gates, share, budget, ragged):
-    """How many units to keep in each place, {place: count}; None where not even the fewest possible fit. share: counts -> cost."""
-    sizes = {place: gate.log_alpha.numel() for place, gate in gates.items()}
-    groups = []  # (score, place, the place's count once the group is kept); a group is as good as its middle unit
+def counts_to_keep(gates, share, budget, ragged):
+    """How many units to keep in each place, {place: count}. share: a function from such counts to a part of the cost."""
+    groups, counts = unit_groups(gates, ragged), {place: fewest(place) for place in gates}
+
+    def fits(groups):
+        return share(counts | dict(groups)) <= budget
+
+    def keep(groups):
+        for place, count in groups:
+            if counts[place] < count and fits([(place, count)]):
+                counts[place] = count
+
+    def threshold():
+        """How many of the groups, the best ones, fit together."""
+        return bisect.bisect(range(len(groups)), 0, key=lambda last: not fits(groups[: last + 1]))
+
+    best = threshold()
+    fine = [place for place in gates if place[0] == "units"]
+    if not fine:  # the last convolution's channels are the next finest, and the group at the threshold is taken apart
+        fine = list(gates)[-1:]
+        for place, count in groups[best : best + 1]:
+            kept = dict(groups[:best]).get(place, counts[place])
+            groups[best : best + 1] = [(place, n) for n in range(kept + 1, count + 1)]
+        best = threshold()
+    coarse = [[group for group in groups[:end] if group[0] not in fine] for end in (best + 1, best)]
+    keep(next(filter(fits, coarse)))  # with the group at the threshold if fine units can make room for it, else without
+    keep(group for group in groups if group[0] in fine)
+    for places in (fine, gates):  # single units, where whole groups leave too much
+        if ragged or budget - share(counts) > TOLERANCE:
+            keep((place, n) for place in reversed(places) for n in range(1, gates[place].log_alpha.numel() + 1))
+    return counts
+
+
+def unit_groups(gates, ragged):
+    """(place, the place's count once a group is kept) for all groups, best first; a group is as good as its middle unit.
+
+    By log alpha: it orders units as the open probability does, and does not round to equal values near 0 and 1.
+    """
+    groups = []
     for place, gate in gates.items():
-        # By log alpha: it orders units as the open probability does, and does not round to equal values near 0 and 1.
         scores = gate.log_alpha.sort(descending=True).values.tolist()
         align = 1 if ragged else ALIGN[place[0]]
         step = align if len(scores) % align == 0 else max(1, align // 2)
         for start in range(0, len(scores), step):
             group = scores[start : start + step]
             groups.append((group[len(group) // 2], place, start + len(group)))
-    groups.sort(key=lambda group: -group[0])
-
-    def fits(counts):
-        return share(counts) <= budget
-
-    counts = {place: int(place[0] == "channels") for place in gates}
-    if not fits(counts):
-        return None
-    for _, place, count in groups:
-        if fits(counts | {place: count}):
-            counts[place] = count
-    if budget - share(counts) <= TOLERANCE:
-        return counts
-
-    def filled(counts, spared=None):
-        """With more single units, in the last layers first, as long as they fit; none in the spared place."""
-        counts = dict(counts)
-        for place in reversed(gates):
-            while place != spared and counts[place] < sizes[place] and fits(counts | {place: counts[place] + 1}):
-                counts[place] += 1
-        return counts
-
-    counts = filled(counts)
-    if budget - share(counts) <= TOLERANCE:
-        return counts
-    # Where only large units are left to add, a few that are kept make room for one.
-    exchanged = [filled(counts | {place: counts[place] - n}, place) for place in gates for n in range(1, 9) if counts[place] > n]
-    return filled(min([counts, *exchanged], key=lambda counts: budget - share(counts)))
+    return [group[1:] for group in sorted(groups, key=lambda group: -group[0])]

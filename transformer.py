@@ -1,18 +1,22 @@
-"""wav2vec2-base from scratch: the Transformer over the frontend's features, and the loading of everyone's checkpoints.
+"""wav2vec2-base from scratch: the Transformer over the frontend's features, a head for a task, and everyone's checkpoints.
 
-    features -> + positional convolution -> LayerNorm -> 12 x [x = LN(x + attention(x)), x = LN(x + ffn(x))]
+    features -> + positional convolution -> LayerNorm -> 12 x [x = LN(x + attention(x)), x = LN(x + ffn(x))] -> head
 
 (Baevski et al. 2020, arXiv 2006.11477; HuBERT-base, Hsu et al. 2021, is the same network.) Not here: the pre-norm variant
 with LayerNorm in the frontend ("large-lv60"), the quantizer and the pre-training losses.
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import logging
+import os
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flops import BASE, Shape
-from frontend import Frontend, Projection, keep_columns, keep_rows, linear, valid
+import data
+from flops import BASE, Shape, UserError
+from frontend import Frontend, Projection, gated, keep_columns, keep_rows, valid
 from gates import HardConcrete
 
 log = logging.getLogger("sslprune")
-
-
-class CheckpointError(ValueError):
-    """A file that holds no model of this family. The message names the file, and the first keys concerned."""
 
 
 class Position(nn.Module):
@@ -60,20 +61,18 @@ class Attention(nn.Module):
         self.gate = None
 
     def forward(self, x, mask=None):
-        """x: (batch, frames, width); mask: (batch, 1, 1, frames) bool, true where a key is valid; None where all are. Returns as x."""
+        """x: (batch, frames, width) -> the same. mask: (batch, 1, 1, frames) bool, true where a key is valid, or None."""
         if self.heads == 0:
             return self.output(x[..., :0])  # the bias
-        batch, frames, _ = x.shape
         q, k, v = (
-            linear(x, layer.weight, layer.bias).view(batch, frames, self.heads, self.head_width).transpose(1, 2).contiguous()
+            layer(x).unflatten(2, (self.heads, self.head_width)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
-        )  # contiguous, since the fused attention takes no other
+        )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(batch, frames, -1)
-        weight = self.output.weight
-        if self.gate is not None:
-            weight = weight * self.gate().repeat_interleave(self.head_width)
-        return linear(y, weight, self.output.bias)
+        y = y.transpose(1, 2).flatten(2)
+        if self.gate is None:
+            return self.output(y)
+        return gated(self.output, y, self.gate().repeat_interleave(self.head_width))
 
     def slice(self):
         """Remove the shut heads, in place."""
@@ -98,9 +97,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         """(batch, frames, width) -> the same."""
-        y = self.dropout(F.gelu(linear(x, self.input.weight, self.input.bias)))
-        weight = self.output.weight if self.gate is None else self.output.weight * self.gate()
-        return linear(y, weight, self.output.bias)
+        y = self.dropout(F.gelu(self.input(x)))
+        return self.output(y) if self.gate is None else gated(self.output, y, self.gate())
 
     def slice(self):
         """Remove the shut units, in place."""
@@ -131,14 +129,15 @@ class Layer(nn.Module):
 class Wav2Vec2(nn.Module):
     """The encoder: dense, gated (after `add_gates`) or sliced (what `slice` returns), as its `shape` says.
 
-    layer_drop and projection.mask_probability act in training only; set them as a recipe asks.
+    layer_drop, projection.time_mask and projection.channel_mask act in training only; set them as a recipe asks.
     """
 
-    def __init__(self, shape, dropout=0.1):
+    def __init__(self, shape, dense=None, dropout=0.1):
         super().__init__()
         self.full_shape = shape  # of the tensors; `shape` is without what the gates shut
+        self.dense = dense or shape  # the shape before any slicing
         self.frontend = Frontend(shape)
-        self.projection = Projection(shape.channels[-1], shape.width, dropout)
+        self.projection = Projection(shape.channels[-1], shape.width, self.dense.channels[-1], dropout)
         self.position = Position(shape.width, shape.position_kernel, shape.position_groups)
         self.norm = nn.LayerNorm(shape.width)
         self.dropout = nn.Dropout(dropout)
@@ -155,49 +154,46 @@ class Wav2Vec2(nn.Module):
         Returns features (batch, frames, width), zero beyond each utterance's frames, and frames (batch,) int64.
         Raises ValueError where an utterance is too short to make a frame, or the arguments have other shapes.
         """
-        if waveforms.dim() != 2 or not len(waveforms) or lengths is not None and lengths.shape != waveforms.shape[:1]:
-            raise ValueError("waveforms must be (batch, samples), and lengths (batch,)")
-        if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
-            raise ValueError("lengths must be whole numbers")
-        batch, samples = waveforms.shape
-        shortest, longest = (samples, samples) if lengths is None else (int(lengths.min()), int(lengths.max()))
-        if shortest < self.full_shape.receptive_field or longest > samples:
-            raise ValueError(
-                f"an utterance of {shortest} to {longest} samples: from {self.full_shape.receptive_field}, which make one"
-                f" frame, to the {samples} of the batch are possible"
-            )
-        if shortest == samples:
-            lengths = None
+        if not torch.jit.is_tracing() and not torch.compiler.is_compiling():  # what is traced cannot depend on values
+            lengths = self.checked(waveforms, lengths)
         if lengths is None:
             x, gate = self.frontend(waveforms)
-            frames = torch.full((batch,), x.shape[1], device=x.device)
-            mask = None
+            frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None
         else:
-            lengths = lengths.to(waveforms.device, torch.int64)
-            waveforms = waveforms.masked_fill(~valid(lengths, samples), 0)  # or a NaN there would reach the gradients
-            all_frames = self.full_shape.frames(lengths)
-            frames = all_frames[-1]
-            x, gate = self.frontend(waveforms, all_frames[0])
+            waveforms = waveforms.masked_fill(~valid(lengths, waveforms.shape[1]), 0)  # or a NaN there would reach the gradients
+            after_first, *_, frames = self.full_shape.frames(lengths)
+            x, gate = self.frontend(waveforms, after_first)
             mask = valid(frames, x.shape[1])
-        x = self.projection(x, gate)
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)
+        x = zero_beyond(mask, self.projection(x, frames, gate))
         x = self.dropout(self.norm(x + self.position(x)))
         for layer in self.layers:
             if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:
                 continue
             x = layer(x, None if mask is None else mask[:, None, None])
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)
-        return x, frames
+        return zero_beyond(mask, x), frames
+
+    def checked(self, waveforms, lengths):
+        """`lengths` on the device of the waveforms, or None where no utterance is padded. Raises as `forward` says."""
+        if waveforms.dim() != 2 or not len(waveforms) or lengths is not None and lengths.shape != waveforms.shape[:1]:
+            raise ValueError("waveforms must be (batch, samples), and lengths (batch,)")
+        if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
+            raise ValueError("lengths must be whole numbers")
+        needed, samples = self.full_shape.receptive_field, waveforms.shape[1]
+        shortest, longest = (samples, samples) if lengths is None else (int(lengths.min()), int(lengths.max()))
+        if shortest < needed or longest > samples:
+            raise ValueError(
+                f"an utterance of {shortest} to {longest} samples: from {needed}, which make one frame, to the {samples}"
+                " of the batch are possible"
+            )
+        return None if shortest == samples else lengths.to(waveforms.device, torch.int64)
 
     @property
     def gates(self):
         """The gates by place, as the functions of gates.py take them: {("channels", 0): HardConcrete, ...}."""
-        gates = {("channels", layer): gate for layer, gate in enumerate(self.frontend.gates or [])}
-        gates |= {("heads", i): layer.attention.gate for i, layer in enumerate(self.layers) if layer.attention.gate is not None}
-        gates |= {("units", i): layer.ffn.gate for i, layer in enumerate(self.layers) if layer.ffn.gate is not None}
-        return gates
+        found = {("channels", layer): gate for layer, gate in enumerate(self.frontend.gates or [])}
+        found |= {("heads", i): layer.attention.gate for i, layer in enumerate(self.layers)}
+        found |= {("units", i): layer.ffn.gate for i, layer in enumerate(self.layers)}
+        return {place: gate for place, gate in found.items() if gate is not None}
 
     @property
     def shape(self):
@@ -229,73 +225,187 @@ class Wav2Vec2(nn.Module):
         return sliced
 
 
+def zero_beyond(mask, x):
+    """x: (batch, frames, width), with 0 in the frames for which mask (batch, frames) is false; None: all are valid."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+class SpeechModel(nn.Module):
+    """The encoder and one linear layer: over frames, trained with CTC (asr), or over their mean (slu).
+
+    labels: the names of the outputs; data.VOCABULARY for asr, the intents for slu.
+    """
+
+    def __init__(self, encoder, task, labels):
+        super().__init__()
+        self.encoder, self.task, self.labels = encoder, task, list(labels)
+        self.head = nn.Linear(encoder.full_shape.width, len(labels))
+        self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
+
+    def forward(self, waveforms, lengths=None):
+        """Scores (batch, frames, labels) for asr, (batch, labels) for slu, and frames (batch,); arguments as the encoder's."""
+        with precision(self.dtype, waveforms.device):
+            features, frames = self.encoder(waveforms, lengths)
+            if self.task == "slu":
+                features = features.sum(1) / frames[:, None]  # features are 0 beyond the valid frames
+            return self.head(features), frames
+
+    def loss(self, waveforms, lengths, utterances):
+        """Mean over the batch of the CTC loss per character (asr) or of the cross entropy (slu)."""
+        scores, frames = self(waveforms, lengths)
+        if self.task == "slu":
+            targets = torch.tensor([self.labels.index(u.intent) for u in utterances], device=scores.device)
+            return F.cross_entropy(scores.float(), targets)
+        targets = [data.encode(u.text) for u in utterances]
+        sizes = torch.tensor([len(target) for target in targets])
+        log_probabilities = scores.float().log_softmax(2).transpose(0, 1)
+        return F.ctc_loss(log_probabilities, torch.cat(targets).to(scores.device), frames, sizes, zero_infinity=True)
+
+    @torch.no_grad()
+    def transcribe(self, waveforms, lengths=None):
+        """Normalised waveforms (batch, samples) -> a list of transcripts (asr) or of intents (slu)."""
+        scores, frames = self(waveforms.to(self.head.weight.device), lengths)
+        best = scores.argmax(-1).cpu()
+        if self.task == "slu":
+            return [self.labels[i] for i in best.tolist()]
+        return [data.decode(units[:n]) for units, n in zip(best, frames.tolist())]
+
+    def predict(self, paths):
+        """Audio files -> a list of transcripts (asr) or of intents (slu). Raises UserError where one is not readable audio."""
+        return [self._predict(path) for path in paths]
+
+    def _predict(self, path):
+        samples = data.waveform(data.Utterance(str(path), path, 0.0))
+        if len(samples) < self.encoder.full_shape.receptive_field:
+            raise UserError(f"{path}: {len(samples)} samples are too short to recognise anything in")
+        return self.transcribe(torch.from_numpy(samples)[None])[0]
+
+
+def precision(dtype, device):
+    """A context in which convolutions and products compute in `dtype` (bfloat16), or as they are (float32)."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
 # --- Checkpoints -------------------------------------------------------------------------------------------------------
-
-# From the key names of transformers, torchaudio and fairseq to ours. The three do not contradict each other.
-PREFIX = r"(?:wav2vec2\.|hubert\.|w2v_encoder\.w2v_model\.)?"
-ENCODER = PREFIX + r"encoder\.(?:transformer\.)?"
-KEYS = [
-    (PREFIX + r"feature_extractor\.conv_layers\.(\d+)\.(?:conv|0)\.weight", r"frontend.convolutions.\1.weight"),
-    (PREFIX + r"feature_extractor\.conv_layers\.0\.(?:layer_norm|2)\.(weight|bias)", r"frontend.convolutions.0.norm_\1"),
-    (PREFIX + r"(?:(?:encoder\.)?feature_projection\.)?layer_norm\.(weight|bias)", r"projection.norm.\1"),
-    (PREFIX + r"(?:(?:encoder\.)?feature_projection\.projection|post_extract_proj)\.(weight|bias)", r"projection.linear.\1"),
-    (PREFIX + r"(?:masked_spec_embed|mask_emb|mask_generator\.mask_embedding)", r"projection.mask_embedding"),
-    (ENCODER + r"pos_conv(?:_embed\.conv|\.0)\.bias", r"position.bias"),
-    (ENCODER + r"pos_conv(?:_embed\.conv|\.0)\.(?:weight_g|parametrizations\.weight\.original0)", r"position.weight_g"),
-    (ENCODER + r"pos_conv(?:_embed\.conv|\.0)\.(?:weight_v|parametrizations\.weight\.original1)", r"position.weight_v"),
-    (ENCODER + r"layer_norm\.(weight|bias)", r"norm.\1"),
-    (ENCODER + r"layers\.(\d+)\.(?:attention|self_attn)\.q_proj\.(weight|bias)", r"layers.\1.attention.query.\2"),
-    (ENCODER + r"layers\.(\d+)\.(?:attention|self_attn)\.k_proj\.(weight|bias)", r"layers.\1.attention.key.\2"),
-    (ENCODER + r"layers\.(\d+)\.(?:attention|self_attn)\.v_proj\.(weight|bias)", r"layers.\1.attention.value.\2"),
-    (ENCODER + r"layers\.(\d+)\.(?:attention|self_attn)\.out_proj\.(weight|bias)", r"layers.\1.attention.output.\2"),
-    (ENCODER + r"layers\.(\d+)\.(?:self_attn_)?layer_norm\.(weight|bias)", r"layers.\1.attention_norm.\2"),
-    (ENCODER + r"layers\.(\d+)\.(?:feed_forward\.intermediate_dense|fc1)\.(weight|bias)", r"layers.\1.ffn.input.\2"),
-    (ENCODER + r"layers\.(\d+)\.(?:feed_forward\.output_dense|fc2)\.(weight|bias)", r"layers.\1.ffn.output.\2"),
-    (ENCODER + r"layers\.(\d+)\.final_layer_norm\.(weight|bias)", r"layers.\1.ffn_norm.\2"),
-]
-KEYS = [(re.compile(pattern), ours) for pattern, ours in KEYS]
-INSIDE = re.compile(PREFIX + r"(?:feature_extractor|feature_projection|encoder)\.")  # what no model of this family may have more of
-
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+#
+# read_checkpoint: file -> its contents (nothing in it is executed) -> our names of the tensors, and the shape -> Checkpoint.
 
 
-class Inert:
-    """Stands for a class of fairseq's that its checkpoints hold beside the weights; it has no behaviour."""
+@dataclass
+class Checkpoint:
+    """What a file holds of a model. weights: of the encoder, and the head's where there is one, in SpeechModel's names."""
 
+    path: Path
+    shape: Shape
+    dense: Shape  # before any slicing
+    weights: dict
+    task: str | None = None  # where there is a head
+    labels: list | None = None
 
-# What may be unpickled beside tensors and plain containers: what fairseq writes next to its weights.
-ALLOWED = [
-    argparse.Namespace,  # the training's command line
-    (Inert, "fairseq.data.dictionary.Dictionary"),  # HuBERT's labels
-    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # metrics
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
-]
+    def encoder(self):
+        """The Wav2Vec2, in evaluation mode. Raises UserError where a tensor is missing, surplus or of the wrong size."""
+        weights = {key.removeprefix("encoder."): w for key, w in self.weights.items() if key.startswith("encoder.")}
+        return self._filled(lambda: Wav2Vec2(self.shape, self.dense), weights)
+
+    def model(self, gated=()):
+        """The SpeechModel, in evaluation mode, with gates on these kinds of units. Raises as `encoder`, and without a head."""
+        if self.task is None:
+            raise UserError(f"{self.path}: holds no head for a task; give a model.pt that sslprune wrote")
+
+        def make():
+            model = SpeechModel(Wav2Vec2(self.shape, self.dense), self.task, self.labels)
+            model.encoder.add_gates(gated)
+            return model
+
+        return self._filled(make, self.weights)
+
+    def _filled(self, make, weights):
+        if len(self.shape.channels) + len(self.shape.heads) > len(weights):  # each has several; and a million takes hours
+            raise UserError(f"{self.path}: lacks the tensors of the layers that its shape promises")
+        try:
+            # On "meta": no memory, no time, as every tensor is assigned below. torch warns of layers without units.
+            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+                model = make()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}: no model has the shape {self.shape} ({error})") from error
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        sizes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        wrong = [key for key in expected if key in sizes and sizes[key] != expected[key]]
+        problems = {
+            "lacks": [key for key in expected if key not in sizes],
+            "has a wrong size for": [f"{key} {sizes[key]} instead of {expected[key]}" for key in wrong],
+            "has no place for": [key for key in sizes if key not in expected],
+            "has values that are not finite in": [key for key, tensor in weights.items() if not tensor.isfinite().all()],
+        }
+        for what, keys in problems.items():
+            if keys:
+                raise UserError(f"{self.path}: {what} {_shown(keys)}")
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
 
 
 def load_pretrained(path):
     """An encoder in evaluation mode from a checkpoint: Hugging Face, fairseq, torchaudio, or a model.pt of ours.
 
-    path: the file, or a folder that holds one. Weights become float32. What the encoder has no use for, such as a task head or
-    a quantizer, is named in the log and left out.
-    Raises CheckpointError where the file holds no wav2vec2-base-like model, OSError where it cannot be read.
+    path: the file, or a folder that holds one. Weights become float32. What the encoder has no use for, such as a task head
+    or a quantizer, is named in the log and left out.
+    Raises UserError where the file holds no wav2vec2-base-like model, OSError where it cannot be read.
     """
+    return read_checkpoint(path).encoder()
+
+
+def load(path):
+    """The SpeechModel in a model.pt, in evaluation mode. Raises UserError where the file holds none."""
+    return read_checkpoint(path).model()
+
+
+def contents_of(model):
+    """What a model.pt holds of a SpeechModel: plain values and tensors, which load with weights_only=True."""
+    return {
+        "format": "sslprune",
+        "shape": model.encoder.full_shape.as_dict(),
+        "dense": model.encoder.dense.as_dict(),
+        "task": model.task,
+        "labels": model.labels,
+        "weights": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
+    }
+
+
+def save_model(model, path):
+    """Write a model.pt. Replaces the file in one step."""
+    write(path, saved(contents_of(model)))
+
+
+def saved(contents):
+    """The bytes that torch.save makes: in memory, so that a full disk is an error of `write` and not one within torch."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getbuffer()
+
+
+def write(path, *parts):
+    """Write bytes to a file in one step: whole, or not at all. What was there before survives whatever happens meanwhile."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_checkpoint(path):
+    """The Checkpoint in a file, or in a folder that holds one."""
     path, config = find_checkpoint(path)
-    contents = read_checkpoint(path)
-    if contents.get("format") == "sslprune":
-        shape, weights = unpack(contents, path)
-        return build(Wav2Vec2, shape, {key.removeprefix("encoder."): w for key, w in weights.items() if key.startswith("encoder.")}, path)
-    if isinstance(contents.get("model"), dict):  # fairseq's
-        contents = contents["model"]
-    weights, ignored = translate(contents, path)
-    if ignored:
-        log.info("%s: left out what the encoder has no use for, %d entries: %s", path, len(ignored), _shown(ignored))
-    shape = infer_shape(weights, config, path)
-    weights.setdefault("projection.scale", torch.ones(shape.channels[-1]))
-    if "projection.mask_embedding" not in weights:  # torchaudio's models have none
-        weights["projection.mask_embedding"] = torch.zeros(shape.width)
-        log.info("%s: has no mask embedding; it starts at zero", path)
-    return build(Wav2Vec2, shape, weights, path)
+    with open(path, "rb") as file:
+        is_safetensors = file.read(9)[8:9] == b"{"
+    contents = read_safetensors(path) if is_safetensors else read_pickle(path)
+    return read_ours(contents, path) if contents.get("format") == "sslprune" else read_public(contents, config, path)
 
 
 def find_checkpoint(path):
@@ -305,65 +415,28 @@ def find_checkpoint(path):
         names = ("model.safetensors", "pytorch_model.bin", "model.pt")
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise CheckpointError(f"{path}: holds none of {', '.join(names)}; give the file itself")
+            raise UserError(f"{path}: holds none of {', '.join(names)}; give the file itself")
         path = found[0]
     elif not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file or folder")
+        raise UserError(f"{path}: there is no such file or folder")
     config = path.with_name("config.json")
     if path.name not in ("model.safetensors", "pytorch_model.bin") or not config.is_file():
         return path, {}
     try:
         config = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{config}: is not JSON: {error}") from error
+        raise UserError(f"{config}: is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{config}: is not a model's configuration")
+        raise UserError(f"{config}: is not a model's configuration")
     return path, config
 
 
-def read_checkpoint(path):
-    """The dictionary that a .safetensors file, or a file of torch.save, holds. Nothing in it is executed."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:9] == b"{":
-        return _read_safetensors(path)
-    size = Path(path).stat().st_size
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(record.file_size for record in archive.infolist())
-            if unpacked > size:  # torch.save does not compress
-                raise CheckpointError(f"{path}: claims {unpacked} bytes in a file of {size}; torch.save writes no such file")
-        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings(action="ignore"):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged or hostile file can raise anything
-        refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
-        why = f"holds an object of type {refused[1]}, which is not loaded" if refused else "is damaged, or not a file of torch.save"
-        raise CheckpointError(f"{path}: {why}") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path}: holds a {type(contents).__name__}, not a model's weights")
-    for tensors in (contents, *(contents.get(key) for key in ("model", "weights"))):  # where the layouts have their tensors
-        for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
-            if isinstance(tensor, torch.Tensor) and not _is_plain(tensor, size):
-                raise CheckpointError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
-    return contents
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+}
 
 
-def _is_plain(tensor, size):
-    """Whether a tensor is one of numbers that are all in a file of `size` bytes: not sparse, quantized or repeated by its strides."""
-    strided = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    return strided and not tensor.is_complex() and tensor.numel() * tensor.element_size() <= size
-
-
-def _shown(keys):
-    """The first of some keys, for an error: they come from a file, and may be anything."""
-    shown = ", ".join("".join(c if c.isprintable() else "?" for c in str(key))[:80] for key in keys[:4])
-    return shown + (" and more" if len(keys) > 4 else "")
-
-
-def _read_safetensors(path):
+def read_safetensors(path):
     """name -> tensor. The layout: 8 bytes of header length, a JSON header, the tensors' bytes."""
     tensors, used = {}, 0
     data = bytearray(Path(path).stat().st_size)
@@ -381,35 +454,164 @@ def _read_safetensors(path):
             used += end - begin
             if used > len(data) - start:
                 raise ValueError(f"{_shown([name])} lies where another tensor is")
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin).view(sizes) if count else torch.empty(sizes)
+            tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+            tensors[name] = tensor.view(sizes)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: is damaged, or not a safetensors file ({_shown([error])})") from error
+        raise UserError(f"{path}: is damaged, or not a safetensors file ({_shown([error])})") from error
     return tensors
 
 
+class Inert:
+    """Stands for a class of fairseq's that its checkpoints hold beside the weights; it has no behaviour."""
+
+
+# What may be unpickled beside tensors and plain containers: what fairseq writes next to its weights.
+ALLOWED = [
+    argparse.Namespace,  # the training's command line
+    (Inert, "fairseq.data.dictionary.Dictionary"),  # HuBERT's labels
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # metrics
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
+]
+
+
+def read_pickle(path):
+    """The dictionary in a file of torch.save; of classes it may hold those in ALLOWED only."""
+    size = Path(path).stat().st_size
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(record.file_size for record in archive.infolist())
+            if unpacked > size:  # torch.save does not compress
+                raise UserError(f"{path}: claims {unpacked} bytes in a file of {size}; torch.save writes no such file")
+        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings(action="ignore"):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile file can raise anything
+        refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
+        why = f"holds an object of type {refused[1]}, which is not loaded" if refused else "is damaged, or not of torch.save"
+        raise UserError(f"{path}: {why}") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: holds a {type(contents).__name__}, not a model's weights")
+    for tensors in (contents, *(contents.get(key) for key in ("model", "weights"))):  # where the layouts have their tensors
+        for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
+            if isinstance(tensor, torch.Tensor) and not _is_plain(tensor, size):
+                raise UserError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
+    return contents
+
+
+def _is_plain(tensor, size):
+    """Whether the numbers of a tensor are all in a file of `size` bytes: not sparse, quantized or repeated by strides."""
+    strided = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return strided and not tensor.is_complex() and tensor.numel() * tensor.element_size() <= size
+
+
+def _shown(keys):
+    """The first of some keys, for an error: they come from a file, and may be anything."""
+    shown = ", ".join("".join(c if c.isprintable() else "?" for c in str(key))[:80] for key in keys[:4])
+    return shown + (" and more" if len(keys) > 4 else "")
+
+
+def read_ours(contents, path):
+    """The Checkpoint in a model.pt that sslprune wrote."""
+    try:
+        shape, weights = Shape.from_dict(contents["shape"]), dict(contents["weights"])
+        if "encoder.projection.shut" not in weights:  # from when LayerNorm ran over the open channels only, as if all were
+            contents = contents | {"dense": contents["shape"]}
+            weights["encoder.projection.shut"] = torch.zeros(shape.width)
+        dense = Shape.from_dict(contents["dense"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: is not a complete model.pt ({error})") from error
+    for key, tensor in weights.items():
+        if not (isinstance(key, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
+            raise UserError(f"{path}: is not a complete model.pt ({_shown([key])} is no name of a tensor of numbers)")
+    weights = {key: tensor.float() for key, tensor in weights.items()}
+    if "task" not in contents:
+        return Checkpoint(path, shape, dense, weights)
+    task, labels = contents["task"], contents.get("labels")
+    named = isinstance(labels, list) and labels and all(isinstance(name, str) and name.isprintable() for name in labels)
+    if not (task == "slu" and named or task == "asr" and labels == data.VOCABULARY):
+        raise UserError(f"{path}: its task or labels are none that sslprune writes")
+    return Checkpoint(path, shape, dense, weights, task, labels)
+
+
+# From the key names of transformers, torchaudio and fairseq to ours. The three do not contradict each other.
+PREFIX = r"(?:wav2vec2\.|hubert\.|w2v_encoder\.w2v_model\.)?"
+FRONTEND = PREFIX + r"feature_extractor\.conv_layers\."
+PROJECTION = PREFIX + r"(?:(?:encoder\.)?feature_projection\.)?"
+ENCODER = PREFIX + r"encoder\.(?:transformer\.)?"
+POSITION = ENCODER + r"pos_conv(?:_embed\.conv|\.0)\."
+LAYER = ENCODER + r"layers\.(\d+)\."
+KEYS = [
+    (FRONTEND + r"(\d+)\.(?:conv|0)\.weight", r"frontend.convolutions.\1.weight"),
+    (FRONTEND + r"0\.(?:layer_norm|2)\.(weight|bias)", r"frontend.convolutions.0.norm_\1"),
+    (PROJECTION + r"layer_norm\.(weight|bias)", r"projection.norm.\1"),
+    (PROJECTION + r"(?:projection|post_extract_proj)\.(weight|bias)", r"projection.linear.\1"),
+    (PREFIX + r"(?:masked_spec_embed|mask_emb|mask_generator\.mask_embedding)", r"projection.mask_embedding"),
+    (POSITION + r"bias", r"position.bias"),
+    (POSITION + r"(?:weight_g|parametrizations\.weight\.original0)", r"position.weight_g"),
+    (POSITION + r"(?:weight_v|parametrizations\.weight\.original1)", r"position.weight_v"),
+    (ENCODER + r"layer_norm\.(weight|bias)", r"norm.\1"),
+    (LAYER + r"(?:attention|self_attn)\.q_proj\.(weight|bias)", r"layers.\1.attention.query.\2"),
+    (LAYER + r"(?:attention|self_attn)\.k_proj\.(weight|bias)", r"layers.\1.attention.key.\2"),
+    (LAYER + r"(?:attention|self_attn)\.v_proj\.(weight|bias)", r"layers.\1.attention.value.\2"),
+    (LAYER + r"(?:attention|self_attn)\.out_proj\.(weight|bias)", r"layers.\1.attention.output.\2"),
+    (LAYER + r"(?:self_attn_)?layer_norm\.(weight|bias)", r"layers.\1.attention_norm.\2"),
+    (LAYER + r"(?:feed_forward\.intermediate_dense|fc1)\.(weight|bias)", r"layers.\1.ffn.input.\2"),
+    (LAYER + r"(?:feed_forward\.output_dense|fc2)\.(weight|bias)", r"layers.\1.ffn.output.\2"),
+    (LAYER + r"final_layer_norm\.(weight|bias)", r"layers.\1.ffn_norm.\2"),
+]
+KEYS = [(re.compile(pattern), ours) for pattern, ours in KEYS]
+INSIDE = re.compile(PREFIX + r"(?:feature_extractor|feature_projection|encoder)\.")  # where no other key may be
+
+
+def read_public(contents, config, path):
+    """The Checkpoint in a file of a public library."""
+    if isinstance(contents.get("model"), dict):  # fairseq's
+        contents = contents["model"]
+    weights, ignored = translate(contents, path)
+    if ignored:
+        log.info("%s: left out what the encoder has no use for, %d entries: %s", path, len(ignored), _shown(ignored))
+    shape = infer_shape(weights, config, path)
+    if "projection.mask_embedding" not in weights:  # torchaudio's models have none
+        weights["projection.mask_embedding"] = torch.zeros(shape.width)
+        log.info("%s: has no mask embedding; it starts at zero", path)
+    weights["projection.scale"], weights["projection.shut"] = torch.ones(shape.channels[-1]), torch.zeros(shape.width)
+    return Checkpoint(path, shape, shape, {f"encoder.{key}": tensor for key, tensor in weights.items()})
+
+
 def translate(contents, path):
-    """Foreign keys to ours: a dictionary of our keys, and the list of the foreign keys that have no place in an encoder."""
+    """Foreign keys to ours: a dictionary of our keys, and the list of foreign keys that have no place in an encoder."""
     weights, ignored = {}, []
     for key, tensor in contents.items():
         ours = next((match.expand(ours) for pattern, ours in KEYS if (match := pattern.fullmatch(str(key)))), None)
         if ours is not None and isinstance(tensor, torch.Tensor):
             weights[ours] = tensor.float()
         elif INSIDE.match(str(key)):
-            raise CheckpointError(f"{path}: {_shown([key])} does not belong to wav2vec2-base or HuBERT-base; no other architecture is read")
+            raise UserError(
+                f"{path}: {_shown([key])} does not belong to wav2vec2-base or HuBERT-base; no other architecture is read"
+            )
         else:
             ignored.append(str(key))
     if not weights:
         found = _shown(ignored) or "nothing"
-        raise CheckpointError(f"{path}: holds no wav2vec2 weights of Hugging Face, fairseq, torchaudio or sslprune, but {found}")
+        raise UserError(f"{path}: holds no wav2vec2 weights of Hugging Face, fairseq, torchaudio or sslprune, but {found}")
     return weights, ignored
+
+
+BASE_LIKE = {  # what a config.json says of wav2vec2-base and HuBERT-base where it says anything else, it is another model
+    "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False,
+    "hidden_act": "gelu", "feat_extract_activation": "gelu",
+}
 
 
 def infer_shape(weights, config, path):
     """The shape of a model from its tensors (our keys). What they do not tell is base's, or the config.json's."""
-    base_like = {"do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu", "feat_extract_activation": "gelu"}
-    for name, value in base_like.items():
+    for name, value in BASE_LIKE.items():
         if config.get(name, value) != value:
-            raise CheckpointError(f"{path}: its config.json has {name} = {_shown([config[name]])}; wav2vec2-base and HuBERT-base have {value}")
+            said = f"{name} = {_shown([config[name]])}"
+            raise UserError(f"{path}: its config.json has {said}; wav2vec2-base and HuBERT-base have {value}")
 
     def sizes(stack, name, dimension):
         """Of this tensor in every member of a stack of modules; a member that lacks it raises KeyError."""
@@ -433,42 +635,6 @@ def infer_shape(weights, config, path):
             "position_groups": width // position[1],
         })  # fmt: skip
     except KeyError as error:
-        raise CheckpointError(f"{path}: lacks {error.args[0]}") from error
+        raise UserError(f"{path}: lacks {error.args[0]}") from error
     except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise CheckpointError(f"{path}: its tensors do not make a wav2vec2-base-like model ({error})") from error
-
-
-def unpack(contents, path):
-    """The shape and the weights of a model.pt of ours."""
-    try:
-        shape, weights = Shape.from_dict(contents["shape"]), dict(contents["weights"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is not a complete model.pt ({error})") from error
-    for key, tensor in weights.items():
-        if not (isinstance(key, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
-            raise CheckpointError(f"{path}: is not a complete model.pt ({_shown([key])} is not the name of a tensor of floating-point numbers)")
-    return shape, {key: tensor.float() for key, tensor in weights.items()}
-
-
-def build(make, shape, weights, path):
-    """make(shape), a module, with these weights, in evaluation mode. Every tensor must be there and of the right size."""
-    if len(shape.channels) + len(shape.heads) > len(weights):  # each has several tensors; and a million would take hours to make
-        raise CheckpointError(f"{path}: lacks the tensors of the layers that its shape promises")
-    try:
-        # On "meta": no memory, no time, as every tensor is assigned below. torch warns of layers without units.
-        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            model = make(shape)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: no model has the shape {shape} ({error})") from error
-    expected = model.state_dict()
-    missing = [key for key in expected if key not in weights]
-    wrong = [f"{key} {tuple(weights[key].shape)} instead of {tuple(tensor.shape)}" for key, tensor in expected.items()
-             if key in weights and weights[key].shape != tensor.shape]
-    surplus = [key for key in weights if key not in expected]
-    infinite = [key for key in weights if not weights[key].isfinite().all()]
-    problems = {"lacks": missing, "has a wrong size for": wrong, "has no place for": surplus, "has values that are not finite in": infinite}
-    for what, keys in problems.items():
-        if keys:
-            raise CheckpointError(f"{path}: {what} {_shown(keys)}")
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+        raise UserError(f"{path}: its tensors do not make a wav2vec2-base-like model ({error})") from error

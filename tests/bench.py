@@ -24,10 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from flops import BASE, SAMPLE_RATE, cost
-from gates import KINDS, SAMPLES, Lagrangian, harden
-from sslprune import precision
-from transformer import Wav2Vec2, load_pretrained
+from flops import BASE, SAMPLE_RATE, SAMPLES, cost
+from gates import KINDS, Lagrangian, harden
+from transformer import Wav2Vec2, load_pretrained, precision
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from flops import BASE, cost
-from gates import KINDS, METHODS, SAMPLES, harden
+from flops import BASE, SAMPLES, cost
+from gates import KINDS, METHODS, harden
 from transformer import load_pretrained
 
 checks = []

@@ -24,11 +24,13 @@ from test_data import make_librispeech, make_slurp
 
 import data
 import sslprune
+import transformer
+from flops import UserError
 from gates import KINDS
-from transformer import CheckpointError, load_pretrained
+from transformer import load_pretrained
 
 SECONDS, MEGABYTES = 10, 500
-OURS = (CheckpointError, data.DataError, OSError)
+OURS = (UserError, OSError)
 EXTREMES = [struct.pack("<q", value) for value in (0, 1, -1, 2**31 - 1, 2**63 - 1)] + [struct.pack(">i", 2**31 - 1)]
 
 
@@ -38,7 +40,7 @@ def make(kind, folder):
     folder.mkdir()
     if kind in ("model.pt", "legacy.pt"):
         model = sslprune.SpeechModel(tiny(KINDS["mac"]).slice(), "slu", ["yes", "no"])
-        torch.save(model.contents(), folder / "model.pt", _use_new_zipfile_serialization=kind == "model.pt")
+        torch.save(transformer.contents_of(model), folder / "model.pt", _use_new_zipfile_serialization=kind == "model.pt")
         return folder / "model.pt", sslprune.load
     if kind == "fairseq":
         return write_layout(folder, golden, "fairseq"), load_pretrained
@@ -59,7 +61,7 @@ def make(kind, folder):
     soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, (4_000, 2)), 22_050)
 
     def read(path):
-        data._checked(data.Utterance("", (path,), 0.0), "slu", {}, set())
+        data._checked(data.Utterance("", path, 0.0), "slu", set())
         return data.read_audio(path)
 
     return path, read

@@ -18,7 +18,7 @@ from pathlib import Path
 
 MAIN = Path(__file__).parent.parent / "sslprune.py"
 FLAGS = ["--task", "asr", "--budget", "0.5", "--dense-updates", "350", "--prune-updates", "350", "--finetune-updates", "300",
-         "--layer-drop", "0.1", "--mask-probability", "0.2"]  # fmt: skip
+         "--layer-drop", "0.1", "--time-mask", "0.2", "--channel-mask", "0.2"]  # fmt: skip
 
 
 def start(out, flags):

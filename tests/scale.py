@@ -7,7 +7,7 @@ is the handling of data. Memory is the resident memory of the process that train
 """
 
 import argparse
-import os
+import contextlib
 import sys
 import tempfile
 import time
@@ -20,6 +20,7 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import TINY
 
+import data
 import sslprune
 
 
@@ -48,36 +49,32 @@ def main():
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     sslprune.SMALL = replace(TINY, units=(60,) * 3)
-    usable, begin, epochs, limit = sslprune.usable, 0.0, 0, 1
+    data_epoch, begin, epochs = data.epoch, time.monotonic(), 0
 
     class Enough(BaseException):
         pass
 
-    def spy(*given, training=False):  # called once in each epoch of training, before its first update
+    def spy(*given):  # called once in each epoch of training, before its first update
         nonlocal epochs
-        if training:
-            if epochs == 0:
-                print(f"start-up: {time.monotonic() - begin:.1f} s", flush=True)
-            elif epochs in (1, arguments.epochs):
-                print(f"after {epochs} epochs: {megabytes():.0f} MB, {time.monotonic() - begin:.0f} s", flush=True)
-            epochs += 1
-            if epochs > limit:
-                raise Enough
-        return usable(*given, training=training)
+        if epochs == 0:
+            print(f"start-up: {time.monotonic() - begin:.1f} s", flush=True)
+        elif epochs in (1, arguments.epochs):
+            print(f"after {epochs} epochs: {megabytes():.0f} MB, {time.monotonic() - begin:.0f} s", flush=True)
+        epochs += 1
+        if epochs > arguments.epochs:
+            raise Enough
+        return data_epoch(*given)
 
-    sslprune.usable = spy
+    data.epoch = spy
     with tempfile.TemporaryDirectory() as folder:
         make_corpus(Path(folder) / "corpus", arguments.files)
         print(f"{arguments.files} files; before: {megabytes():.0f} MB", flush=True)
-        flags = ["--task", "asr", "--budget", "0.9", "--data", f"{folder}/corpus", "--out", f"{folder}/run", "--resume",
-                 "--dense-updates", "1000000", "--batch-seconds", "50", "--workers", "1"]  # fmt: skip
-        for limit, what in ((0, "headers to be read"), (arguments.epochs, "headers known from before")):
-            print(what, flush=True)
-            begin, epochs = time.monotonic(), 0
-            try:
-                sys.exit(sslprune.main(flags))
-            except Enough:
-                print(f"{os.path.getsize(f'{folder}/run/headers.json') / 1e6:.1f} MB of headers", flush=True)
+        begin = time.monotonic()
+        with contextlib.suppress(Enough):
+            sys.exit(sslprune.main([
+                "--task", "asr", "--budget", "0.9", "--data", f"{folder}/corpus", "--out", f"{folder}/run",
+                "--dense-updates", "1000000", "--batch-seconds", "50", "--workers", "1",
+            ]))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import TINY, state_dict, tiny, write_layout, write_safetensors
 
+from flops import UserError
 from gates import KINDS
-from transformer import CheckpointError, load_pretrained
+from transformer import SpeechModel, load, load_pretrained, save_model
 
 LAYOUTS = [
     "hf_base", "hf_ctc", "hf_pretraining", "hf_old", "hf_old_pretraining", "hf_hubert", "hf_hubert_ctc",
@@ -45,8 +46,9 @@ def test_every_tensor_of_every_layout_lands_in_its_place(golden, layout, tmp_pat
     theirs = state_dict(golden, "hf_base")
     if layout.startswith("torchaudio"):  # its models have no mask embedding
         theirs["masked_spec_embed"] = torch.zeros(128)
-    assert len(ours) == len(theirs) + 1  # the scales, which are 1
+    assert len(ours) == len(theirs) + 2  # what slicing leaves
     assert (ours.pop("projection.scale") == 1).all()
+    assert (ours.pop("projection.shut") == 0).all()
     for tensor in theirs.values():
         assert sum(tensor.shape == other.shape and torch.equal(tensor, other) for other in ours.values()) == sum(
             tensor.shape == other.shape and torch.equal(tensor, other) for other in theirs.values()
@@ -70,18 +72,31 @@ def test_half_precision_weights_become_float32(golden, tmp_path):
 
 def test_our_own_file_in_half_precision_becomes_float32(tmp_path):
     weights = {f"encoder.{key}": tensor.half() for key, tensor in tiny().state_dict().items()}
-    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": weights}, tmp_path / "model.pt")
+    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": weights}, tmp_path / "model.pt")
     assert {p.dtype for p in load_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
 def test_a_pruned_model_loads_from_its_own_file(tmp_path):
-    model = tiny(KINDS["mac"]).slice()
-    weights = {f"encoder.{key}": tensor for key, tensor in model.state_dict().items()}
-    torch.save({"format": "sslprune", "shape": model.shape.as_dict(), "weights": weights | {"head.weight": torch.ones(2)}}, tmp_path / "model.pt")
-    loaded, waveforms = load_pretrained(tmp_path), torch.randn(1, 3_000)
-    assert loaded.shape == model.shape
+    model = SpeechModel(tiny(KINDS["mac"]).slice(), "slu", ["yes", "no"]).eval()
+    save_model(model, tmp_path / "model.pt")
+    loaded, encoder, waveforms = load(tmp_path), load_pretrained(tmp_path), torch.randn(1, 3_000)
+    assert (loaded.encoder.shape, loaded.encoder.dense, loaded.task, loaded.labels) == (model.encoder.shape, TINY, "slu", ["yes", "no"])
     with torch.no_grad():
         assert torch.equal(loaded(waveforms)[0], model(waveforms)[0])
+        assert torch.equal(encoder(waveforms)[0], model.encoder(waveforms)[0])
+    contents = torch.load(tmp_path / "model.pt", weights_only=True)
+    del contents["dense"]
+    torch.save(contents, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "complete", "dense")
+
+
+def test_a_model_of_before_the_dense_shape_was_kept_loads_as_it_was(tmp_path):
+    """Its LayerNorm ran over the channels that are there, whatever the dense model had."""
+    model, waveforms = tiny(), torch.randn(1, 3_000)
+    weights = {f"encoder.{key}": tensor for key, tensor in model.state_dict().items() if key != "projection.shut"}
+    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": weights}, tmp_path / "model.pt")
+    with torch.no_grad():
+        assert torch.equal(load_pretrained(tmp_path)(waveforms)[0], model(waveforms)[0])
 
 
 class Hostile:
@@ -95,7 +110,7 @@ class Hostile:
 
 
 def refused(path, *words):
-    with pytest.raises(CheckpointError) as info:
+    with pytest.raises(UserError) as info:
         load_pretrained(path)
     message = str(info.value)
     assert "\n" not in message
@@ -167,13 +182,13 @@ def test_files_of_something_else_are_refused(tmp_path):
     torch.save({"model": 3}, tmp_path / "number.pt")
     torch.save({"format": "sslprune", "shape": {"channels": [1]}, "weights": {}}, tmp_path / "shape.pt")
     torch.save({"format": "sslprune", "shape": TINY.as_dict() | {"width": -1}, "weights": {}}, tmp_path / "negative.pt")
-    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}}, tmp_path / "weights.pt")
+    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}}, tmp_path / "weights.pt")
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "arguments.pt")
     whole = {f"encoder.{key}": tensor for key, tensor in tiny().state_dict().items()}
     wrong = {"surplus": ("encoder.extra", torch.ones(1)), "number": (7, torch.ones(1)), "integers": ("encoder.norm.bias", torch.ones(32, dtype=torch.int64)),
              "complex": ("encoder.norm.bias", torch.ones(32, dtype=torch.complex64)), "nan": ("encoder.norm.bias", torch.full((32,), torch.nan))}  # fmt: skip
     for name, (key, tensor) in wrong.items():
-        torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": whole | {key: tensor}}, tmp_path / f"weights-{name}.pt")
+        torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": whole | {key: tensor}}, tmp_path / f"weights-{name}.pt")
     (tmp_path / "text.txt").write_text("{} is a set of braces\n")
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "folder").mkdir()
@@ -228,7 +243,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 @pytest.mark.parametrize("how", ["repeated", "sparse", "complex", "many layers"])
 def test_tensors_that_are_not_in_the_file_are_refused(tmp_path, how):
     encoder = tiny()
-    contents = {"format": "sslprune", "shape": TINY.as_dict(), "weights": {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}}
+    contents = {"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}}
     if how == "many layers":
         contents["shape"] |= {"heads": [1] * 300_000, "units": [1] * 300_000}
     else:
@@ -255,5 +270,5 @@ def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, val
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"num_attention_heads": 1e400}', '{"conv_stride": [1e400]}', '{"num_attention_heads": 0}', '{"num_attention_heads": "two"}', '{"conv_stride": 5}'])
 def test_a_damaged_config_is_refused(golden, tmp_path, text):
     (write_layout(tmp_path, golden, "hf_base") / "config.json").write_text(text)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(UserError):
         load_pretrained(tmp_path)

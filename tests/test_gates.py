@@ -1,15 +1,14 @@
 """The distribution, the penalty, the four methods, and the hardening."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CONSTRAINED, TINY, tiny
 
 import sslprune
-from flops import BASE, SMALL, cost
-from gates import KINDS, METHODS, SAMPLES, BudgetError, HardConcrete, Lagrangian, check_budget, harden
+from flops import BASE, SAMPLES, SMALL, UserError, cost
+from gates import KINDS, METHODS, HardConcrete, Lagrangian, check_budget, harden
 from transformer import Wav2Vec2
 
 
@@ -40,7 +39,8 @@ def test_samples_follow_the_equation():
 
 def test_gates_start_open_and_are_deterministic_at_evaluation():
     gate = HardConcrete(5)
-    assert torch.allclose(gate.open_probability(), torch.tensor(0.99, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(gate.log_alpha.exp(), torch.tensor(99.0))  # as in flop and DPHuBERT, at their drop rate of 0.01
+    assert torch.allclose(1 - gate.open_probability(), torch.tensor(0.002038, dtype=torch.float64), atol=1e-6)
     gate.eval()
     assert (gate() == 1).all()
     with torch.no_grad():
@@ -99,8 +99,7 @@ def test_the_expected_cost_does_not_swing_about_the_budget(method):
     model, budget, updates = sslprune.SpeechModel(tiny(), "slu", ["a"]), 0.5, 300
     model.train().encoder.add_gates(KINDS[method])
     gates, lagrangian = model.encoder.gates, Lagrangian(TINY, method, budget)
-    run = SimpleNamespace(options=SimpleNamespace(gate_lr=0.2), model=model, lagrangian=lagrangian)
-    optimizer, off = sslprune.make_optimizer(run), []
+    optimizer, off = sslprune.make_optimizer(model, lagrangian, 0.2), []
     wanted = [10 ** (torch.rand(len(gate.log_alpha)) * 3 - 4.5) for gate in gates.values()]
     for step in range(updates):
         optimizer.zero_grad()
@@ -150,22 +149,51 @@ def test_hardening_has_one_threshold_over_all_layers():
 
 @pytest.mark.parametrize("shape", [BASE, SMALL])
 @pytest.mark.parametrize("method", METHODS)
-def test_hardening_keeps_whole_groups_and_still_meets_the_budget(method, shape):
+def test_hardening_meets_every_budget_within_its_tolerance_and_keeps_whole_groups(method, shape):
     torch.manual_seed(0)
-    model = Wav2Vec2(shape).eval()
+    model, dense = Wav2Vec2(shape).eval(), cost(shape, SAMPLES)
     model.add_gates(KINDS[method])
-    for gate in model.gates.values():
-        torch.nn.init.normal_(gate.log_alpha, mean=torch.randn(()).item(), std=2)
-    for budget in (0.7, 0.5):
+    for budget in (0.995, 0.99, 0.9, 0.71, 0.5, 0.31):
+        try:
+            check_budget(shape, method, budget)
+        except UserError:  # the lowest, for transformer
+            assert budget < 0.4
+            continue
+        for gate in model.gates.values():
+            torch.nn.init.normal_(gate.log_alpha, mean=torch.randn(()).item(), std=2)
         harden(model.gates, shape, method, budget)
-        kept, dense = cost(model.shape, SAMPLES), cost(shape, SAMPLES)
         for measure in CONSTRAINED[method]:
-            assert budget - 0.002 < measure(kept) / measure(dense) <= budget
-        assert any(0 < heads < full for heads, full in zip(model.shape.heads, shape.heads))  # heads go one by one
+            assert budget - 0.002 < measure(cost(model.shape, SAMPLES)) / measure(dense) <= budget
         grain = {"channels": 32 if shape is BASE else 16, "units": 16}
-        ragged = [count for kind in grain for count in getattr(model.shape, kind) if count % grain[kind]]
-        # A group is a larger share of a budget of parameters; then single units fill one layer for each constraint.
-        assert len(ragged) <= (0 if "MACs" in METHODS[method][0].name else len(METHODS[method]))
+        ragged = [count for kind in grain for count in getattr(model.shape, kind) if count % grain[kind] and count != 1]
+        # A group is a larger part of a budget of parameters; then single units fill one layer, or two of a frontend alone.
+        assert len(ragged) <= {"mac": 0, "transformer": 0, "size": 1, "sepsize": 3}[method]
+
+
+def test_the_group_at_the_threshold_stays_where_feed_forward_units_can_make_room_for_it():
+    """One head of the small model is 1.4 % of its MACs: without it, 0.4 % of a budget of 0.99 would be left unused."""
+    model = Wav2Vec2(SMALL)
+    model.add_gates(KINDS["transformer"])
+    with torch.no_grad():
+        for place, gate in model.gates.items():
+            gate.log_alpha.copy_(torch.randn_like(gate.log_alpha) + 5 * (place[0] == "units"))
+    harden(model.gates, SMALL, "transformer", 0.99)
+    assert model.shape.heads == SMALL.heads
+    assert 0.988 < cost(model.shape, SAMPLES).macs / cost(SMALL, SAMPLES).macs <= 0.99
+
+
+def test_a_group_is_as_good_as_its_middle_unit():
+    gates = {("units", layer): HardConcrete(32) for layer in (0, 1)}
+    with torch.no_grad():
+        for gate in gates.values():
+            gate.log_alpha.fill_(2.0)
+        gates["units", 0].log_alpha[16:] = -3.0
+        gates["units", 0].log_alpha[16] = 1.9  # the best of a bad group
+        gates["units", 1].log_alpha[16:] = 0.0
+    shape = SMALL.with_counts({("units", layer): 32 for layer in (0, 1)})
+    budget = cost(shape.with_counts({("units", 0): 16}), SAMPLES).macs / cost(shape, SAMPLES).macs
+    harden(gates, shape, "transformer", budget)
+    assert [len(gate.kept()) for gate in gates.values()] == [16, 32]
 
 
 def test_a_method_gates_what_it_says():
@@ -175,12 +203,12 @@ def test_a_method_gates_what_it_says():
 
 
 def test_an_unreachable_budget_is_refused_with_the_floor():
-    with pytest.raises(BudgetError, match=r"transformer.*0\.36"):
+    with pytest.raises(UserError, match=r"transformer.*0\.36"):
         check_budget(BASE, "transformer", 0.36)
     check_budget(BASE, "transformer", 0.367)
     for method in METHODS:
         check_budget(BASE, method, 0.5)
-        with pytest.raises(BudgetError, match="budget"):
+        with pytest.raises(UserError, match="budget"):
             check_budget(BASE, method, 0.001)
 
 
@@ -192,7 +220,7 @@ def test_every_budget_from_the_floor_up_can_be_hardened_to(method):
         try:
             check_budget(TINY, method, middle)
             high = middle
-        except BudgetError:
+        except UserError:
             low = middle
     model = tiny(KINDS[method])
     harden(model.gates, TINY, method, high)

@@ -1,5 +1,6 @@
 """The forward pass: padding, gates as the paper puts them, exact slicing."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 from conftest import TINY, tiny
 from torch import nn
 
-import frontend
 from flops import SMALL
 from frontend import FirstConvolution, Projection
 from gates import KINDS, HardConcrete
@@ -58,25 +58,12 @@ def test_the_first_convolution_is_convolution_and_group_norm():
         expected = F.group_norm(
             F.conv1d(waveforms[:, None].double(), layer.weight.double(), stride=5), 6, layer.norm_weight.double(), layer.norm_bias.double()
         )
-        patches, kernel, shift = layer(waveforms)
-        found = kernel @ patches + shift
+        found = layer(waveforms)
         assert (found - expected).abs().max() < 2e-3  # float32 convolution of the third, whose outputs nearly cancel
         assert (found - expected)[:2].abs().max() < 1e-4
         direction = torch.randn(found.shape)
         gradients = [torch.autograd.grad((y * direction)[:2].sum(), weight)[0] for y in (found, expected)]
         assert torch.allclose(gradients[0], gradients[1].float(), rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item()), name
-
-
-def test_the_frontend_computes_the_same_in_pieces_as_in_one():
-    model = tiny(("channels",), spread=2.0)
-    for samples in (33_000, 40_001, 77_777):
-        waveforms, lengths = torch.randn(2, samples), torch.tensor([samples, samples // 3])
-        patches = model.frontend.convolutions[0](waveforms)[0]
-        assert model.frontend.pieces(patches) == 1
-        whole = model(waveforms, lengths)[0]
-        with torch.no_grad():
-            assert model.frontend.pieces(patches) > 1
-            assert (model(waveforms, lengths)[0] - whole).abs().max() < 1e-5
 
 
 def reference_forward(model, waveforms):
@@ -93,10 +80,8 @@ def reference_forward(model, waveforms):
         if i == 0:
             x = F.group_norm(x, x.shape[1], layer.norm_weight, layer.norm_bias)
         x = F.gelu(x) * gate("channels", i, x.shape[1])[:, None]
-    is_open = gate("channels", 6, x.shape[1]) > 0
     norm = model.projection.norm
-    x = F.layer_norm(x.transpose(1, 2)[..., is_open], (int(is_open.sum()),), norm.weight[is_open], norm.bias[is_open])
-    x = x @ model.projection.linear.weight[:, is_open].T + model.projection.linear.bias
+    x = model.projection.linear(F.layer_norm(x.transpose(1, 2), (x.shape[1],), norm.weight, norm.bias))
     p = model.position
     weight = p.weight_v / p.weight_v.square().sum((0, 1), keepdim=True).sqrt() * p.weight_g
     x = model.norm(x + F.gelu(F.conv1d(x.transpose(1, 2), weight, p.bias, padding=8, groups=4)[..., :-1]).transpose(1, 2))
@@ -179,16 +164,6 @@ def test_padding_and_slicing_change_nothing_in_bfloat16_beyond_its_precision():
         assert 0 < (features - exact).norm() / exact.norm() < 0.03
 
 
-def test_attention_drops_out_in_training_only():
-    model, waveforms = tiny(), torch.randn(1, 4_000)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    assert torch.equal(model(waveforms)[0], model(waveforms)[0])
-    model.train()
-    assert not torch.equal(model(waveforms)[0], model(waveforms)[0])
-
-
 @pytest.mark.parametrize("lengths", [torch.tensor([3_000, 2_000], dtype=torch.int32), torch.tensor([3_000, 2_000])])
 def test_what_lies_beyond_an_utterance_has_no_part_in_the_gradients(lengths):
     model, waveforms = tiny(), torch.randn(2, 3_000)
@@ -222,15 +197,51 @@ def test_a_sliced_model_can_be_gated_and_sliced_again():
     check_slice(once)
 
 
-def test_shut_channels_before_layer_norm_have_no_part_in_its_statistics():
+def test_a_sliced_projection_is_layer_norm_over_all_channels_of_the_dense_model():
     torch.manual_seed(0)
-    projection, x = Projection(8, 4).eval(), torch.randn(2, 5, 8)
-    gate = torch.tensor([1.0, 0, 0.5, 0, 1, 1, 0, 0.25])
-    expected = projection(x, gate)
-    x[..., gate == 0] = 100.0
+    projection, x = Projection(8, 4, 8).double().eval(), torch.randn(2, 5, 8).double()
+    norm, gate = projection.norm, torch.tensor([1.0, 0, 0.5, 0, 1, 1, 0, 0.25]).double()
     with torch.no_grad():
-        projection.norm.bias.masked_fill_(gate == 0, 7.0)
-    assert torch.equal(projection(x, gate), expected)
+        norm.weight.normal_()
+        norm.bias.normal_()
+        for shut_next in (2, 5):  # sliced, and sliced again
+            expected = projection.linear(F.layer_norm(x * gate, (8,), norm.weight, norm.bias))
+            sliced = copy.deepcopy(projection)
+            kept = gate.nonzero().flatten()
+            sliced.slice(kept, gate)
+            found = sliced(x[..., kept], frames=None)
+            assert (found - expected).abs().max() < 1e-14
+            second = torch.ones(len(kept)).double()
+            second[kept.tolist().index(shut_next)] = 0
+            gate[shut_next] = 0
+            sliced.slice(second.nonzero().flatten(), second)
+            found = sliced(x[..., gate.nonzero().flatten()], frames=None)
+            expected = projection.linear(F.layer_norm(x * gate, (8,), norm.weight, norm.bias))
+            assert (found - expected).abs().max() < 1e-14
+
+
+def test_the_gradient_of_the_last_convolutions_gates_is_that_of_the_expected_loss():
+    """Against finite differences with the same noise. Statistics over the open channels only would jump as a gate shuts."""
+    torch.manual_seed(0)
+    draws, step = 40_000, 0.05
+    projection, gate = Projection(6, 5, 6).double().eval(), HardConcrete(6).double()
+    x, target = torch.randn(1, 3, 6).double() + torch.tensor([3.0, -2, 1, 0, 0, 0]).double(), torch.randn(1, 3, 5).double()
+    with torch.no_grad():
+        gate.log_alpha.copy_(torch.tensor([-1.0, 0.5, 0.0, 1.0, -0.5, 2.0]))
+    noise = torch.logit(torch.rand(draws, 6).double())
+
+    def expected_loss(log_alpha):
+        z = gate._stretched((noise + log_alpha) / gate.beta)
+        x_of_all = (x * z[:, None]).unsqueeze(1)  # (draws, 1, frames, channels)
+        return (projection(x_of_all.flatten(0, 1), None) - target).square().mean()
+
+    (gradient,) = torch.autograd.grad(expected_loss(gate.log_alpha), gate.log_alpha)
+    for i in range(6):
+        change = torch.zeros(6).double()
+        change[i] = step
+        with torch.no_grad():
+            difference = (expected_loss(gate.log_alpha + change) - expected_loss(gate.log_alpha - change)) / (2 * step)
+        assert gradient[i].item() == pytest.approx(difference.item(), abs=0.03 * gradient.norm().item()), i
 
 
 def test_all_gates_shut_gives_finite_features_and_gradients():
@@ -244,30 +255,80 @@ def test_all_gates_shut_gives_finite_features_and_gradients():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def projected(x, frames=None, **masks):
+    """The projection of x in training with these masks, and where it is the mask embedding, and where 0."""
+    projection = Projection(x.shape[2], 24, x.shape[2], dropout=0.0).train()
+    for name, probability in masks.items():
+        setattr(projection, name, probability)
+    y = projection(x, torch.full((len(x),), x.shape[1]) if frames is None else frames)
+    return y, (y == projection.mask_embedding).all(-1), y == 0
+
+
 def test_time_masks_cover_about_what_was_asked_in_spans_of_ten():
     torch.manual_seed(0)
-    projection = Projection(4, 3, mask_probability=0.3)
-    mask = projection.time_mask(torch.zeros(50, 400, 3))
+    _, mask, _ = projected(torch.randn(50, 400, 4), time_mask=0.3)
     assert 0.7 * 0.3 < mask.float().mean() < 0.3  # overlaps make it less: 1 - (1 - 0.03) ** 10 = 0.26
     runs = "".join("01"[m] for m in mask[0].tolist()).strip("1").split("0")  # those at the borders can be cut
     assert all(len(run) >= 10 for run in runs if run)
-    x = projection.train()(torch.randn(50, 400, 4))
-    assert (x == projection.mask_embedding).all(-1).float().mean() > 0.2
-    projection.eval()
-    assert not (projection(torch.randn(5, 400, 4)) == projection.mask_embedding).all(-1).any()
 
 
-def test_layer_drop_leaves_out_layers_in_training_only():
-    model, x = tiny().train(), torch.randn(1, 2_000)
+def test_every_utterance_has_a_time_mask_in_its_own_frames_however_short():
+    torch.manual_seed(0)
+    frames = torch.arange(1, 61)
+    for _ in range(20):
+        _, mask, _ = projected(torch.randn(60, 60, 4), frames, time_mask=1e-9)
+        assert all(row[:n].any() for row, n in zip(mask, frames))
+        assert (mask.sum(1) <= 10).all()
+
+
+def test_channel_masks_are_of_a_whole_utterance_and_cover_about_what_was_asked():
+    torch.manual_seed(0)
+    _, _, zero = projected(torch.randn(2_000, 7, 4), channel_mask=0.5)
+    assert torch.equal(zero.all(1), zero.any(1))
+    assert 0.3 < zero.float().mean() < 0.5  # in spans of 24 / 12 features: 1 - 0.75 ** 2 = 0.44
+    assert not torch.equal(zero[0], zero[1])
+
+
+def test_masks_act_in_training_only():
+    projection = Projection(4, 24, 4).eval()
+    projection.time_mask = projection.channel_mask = 1.0
+    x = torch.randn(3, 50, 4)
+    masked = projection(x, torch.full((3,), 50))
+    projection.time_mask = projection.channel_mask = 0.0
+    assert torch.equal(masked, projection(x, torch.full((3,), 50)))
+
+
+@pytest.mark.parametrize("layer_drop", [0.0, 0.4, 1.0])
+def test_layer_drop_leaves_out_layers_as_often_as_it_says_and_in_training_only(layer_drop):
+    torch.manual_seed(0)
+    model, x, calls = tiny().train(), torch.randn(1, 2_000), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    model.layer_drop = layer_drop
+    for _ in range(200):
+        model(x)
+    assert len(calls) / (200 * len(model.layers)) == pytest.approx(1 - layer_drop, abs=0.06)  # three standard errors
+    calls.clear()
+    model.eval()(x)
+    assert len(calls) == len(model.layers)
+
+
+@pytest.mark.parametrize("place", ["projection", "whole", "attention", "units", "layer"])
+def test_dropout_acts_at_each_of_its_places_in_training_only(place):
+    model, waveforms = tiny(), torch.randn(1, 4_000)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     for layer in model.layers:
         layer.attention.dropout = 0.0
-    whole = model(x)[0]
-    model.layer_drop = 1.0
-    assert not torch.allclose(model(x)[0], whole)
-    assert torch.allclose(model.eval()(x)[0], whole, atol=1e-6)
+    assert torch.equal(model.train()(waveforms)[0], model.eval()(waveforms)[0])
+    one = model.layers[1]
+    if place == "attention":
+        one.attention.dropout = 0.5
+    else:
+        {"projection": model.projection, "whole": model, "units": one.ffn, "layer": one}[place].dropout.p = 0.5
+    assert torch.equal(model(waveforms)[0], model(waveforms)[0])
+    assert not torch.equal(model.train()(waveforms)[0], model.eval()(waveforms)[0])
 
 
 @pytest.mark.parametrize(("samples", "lengths"), [(399, None), (1_000, [1_000, 399]), (1_000, [1_001, 800]), (1_000, [1_000])])
@@ -282,18 +343,3 @@ def test_a_gate_is_of_the_mode_of_its_model():
     assert not any(gate.training for gate in model.gates.values())
     assert all(isinstance(gate, HardConcrete) for gate in model.gates.values())
 
-
-def test_linear_is_the_same_on_one_thread_and_on_two():
-    """They compute it in different ways."""
-    x, weight, bias = torch.randn(3, 17, 40), torch.randn(24, 40, requires_grad=True), torch.randn(24)
-    results, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            y = frontend.linear(x, weight, bias)
-            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), weight)))
-    finally:
-        torch.set_num_threads(threads)
-    for one, two in zip(*results):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(results[0][0], (x @ weight.T + bias).detach(), rtol=1e-4, atol=1e-4)
