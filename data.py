@@ -50,7 +50,7 @@ class Corpus:
     skipped: dict = field(default_factory=dict)  # the reasons, in order, each naming its file; the values mean nothing
 
     def skip(self, reason):
-        """Leave something out, for a reason that names it. What it quotes may come from any file: only text is shown."""
+        """Leave something out, for a reason that names it. It may quote any file, so nothing but text is shown."""
         reason = "".join(c if c.isprintable() else "?" for c in reason)
         if reason not in self.skipped:
             self.skipped[reason] = True
@@ -65,7 +65,7 @@ class Corpus:
             raise UserError(f"{bad} of {self.size} utterances are unusable: mend them, or give --skip-bad. One: {one}")
 
 
-# --- Corpora -----------------------------------------------------------------------------------------------------------
+# --- Corpora -------------------------------------------------------------------------------------------------------
 
 SUBSETS = {  # the folders (LibriSpeech) or annotation files (SLURP) of each split, unless the user names others
     "LibriSpeech": {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
@@ -77,9 +77,9 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
     """The corpus at `path`, read in its own layout: LibriSpeech, SLURP, or "demo".
 
     task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the demo's training split.
-    subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names of folders or annotation files, joined
-    by commas. splits: those that must be there. Bad utterances are left out, and named in `skipped`.
-    Raises UserError where the layout is none of these, a split is missing or empty, or over 1 % are bad and not `skip_bad`.
+    subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names of folders or annotation files,
+    joined by commas. splits: those that must be there. Bad utterances are left out, and named in `skipped`.
+    Raises UserError for another layout, for a missing or empty split, and where over 1 % are bad and not `skip_bad`.
     """
     subsets = {split: names for split, names in (subsets or {}).items() if names}
     if str(path) == "demo":
@@ -94,9 +94,8 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
     elif _slurp_annotations(root):
         kind, read = "SLURP", read_slurp
     else:
-        raise UserError(
-            f"{root}: is no known corpus; LibriSpeech has SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl"
-        )
+        layouts = "LibriSpeech has SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl"
+        raise UserError(f"{root}: is no known corpus; {layouts}")
     if kind == "LibriSpeech" and task == "slu":
         raise UserError(f"{root}: LibriSpeech has no intents; use --task asr, or SLURP for --task slu")
     corpus, changes = Corpus(kind, skip_bad=skip_bad), set()
@@ -108,8 +107,8 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
             except UserError as error:
                 corpus.skip(str(error))
         if not found:
-            bad = f"; the first of {len(corpus.skipped)} bad ones: {next(iter(corpus.skipped))}" if corpus.skipped else ""
-            raise UserError(f"{root}: the {split} split has no usable utterance{bad}")
+            bad = [f"; the first of {len(corpus.skipped)} bad ones: {reason}" for reason in corpus.skipped][:1]
+            raise UserError(f"{root}: the {split} split has no usable utterance{''.join(bad)}")
         corpus.size += len(found)
     corpus.size += len(corpus.skipped)
     corpus.check()
@@ -167,7 +166,7 @@ def read_slurp(root, split, subsets, skip):
     audio = [parent / kind for kind in ("slurp_real", "slurp_synth") for parent in parents]
     audio = [folder for folder in audio if folder.is_dir()]
     if not audio:
-        raise UserError(f"{root}: holds no slurp_real/ with the recordings, nor audio/slurp_real/ or scripts/audio/slurp_real/")
+        raise UserError(f"{root}: holds no recordings in slurp_real/, audio/slurp_real/ or scripts/audio/slurp_real/")
     for subset in subsets[split].split(","):
         path = annotations / f"{subset}.jsonl"
         if not path.is_file():
@@ -199,7 +198,7 @@ def _lines(path):
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-# --- Audio -------------------------------------------------------------------------------------------------------------
+# --- Audio ---------------------------------------------------------------------------------------------------------
 
 
 def read_audio(path):
@@ -245,7 +244,7 @@ def resample(samples, rate):
     if rate == SAMPLE_RATE:
         return samples
     ratio = Fraction(rate).limit_denominator(SAMPLE_RATE) / SAMPLE_RATE
-    # With zeros behind the samples both lengths are products of small numbers: the FFT is ten times as fast as for a prime.
+    # With zeros behind the samples both lengths are products of small numbers: a prime's FFT takes ten times longer.
     length = fast_length(math.ceil(len(samples) / ratio.numerator))
     spectrum = np.fft.rfft(samples, length * ratio.numerator)
     count = max(1, round(len(samples) / ratio))
@@ -274,7 +273,7 @@ def pad(waveforms):
     return padded, lengths
 
 
-# --- Epochs and batches ------------------------------------------------------------------------------------------------
+# --- Epochs and batches --------------------------------------------------------------------------------------------
 
 JITTER = 0.1  # of the lengths by which batches are formed
 
@@ -313,7 +312,7 @@ def fits(utterance, frames, ctc):
 
 
 def perturb_speed(utterances, change, rng):
-    """The utterances slower by `change`, as they are, or faster, at random, their pitch with them: more voices than there are.
+    """The utterances at random slower by `change`, as they are, or faster, with their pitch: more voices.
 
     (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with 0.1.) rng: numpy Generator.
     """
@@ -324,7 +323,7 @@ def perturb_speed(utterances, change, rng):
 def batches(utterances, seconds, rng=None):
     """Lists of utterances of like length that fill at most `seconds` of audio with padding; a longer one stands alone.
 
-    With `rng` (numpy Generator) the batches differ each time and come in random order; else they are fixed, longest first.
+    With `rng` (numpy Generator) batches differ each time and come in random order; else they are fixed, longest first.
     """
     jitter = rng.uniform(1 - JITTER, 1 + JITTER, len(utterances)) if rng else np.ones(len(utterances))
     order = np.argsort([-u.seconds * j for u, j in zip(utterances, jitter)], kind="stable")
@@ -340,33 +339,25 @@ def batches(utterances, seconds, rng=None):
     return found
 
 
-class Loader(torch.utils.data.Dataset):
-    """Batches with their audio, for torch.utils.data.DataLoader(..., batch_size=None).
+def load_batch(batch):
+    """(utterances, waveforms (batch, samples) float32, lengths (batch,) int64, bad) of a list of utterances.
 
-    An item is (utterances, waveforms (batch, samples) float32, lengths (batch,) int64, bad): what could not be read is
-    left out, and `bad` has the reasons. Where nothing is left, utterances is empty and the tensors are None.
+    What could not be read is left out, and `bad` has the reasons. Where nothing is left, utterances is empty and the
+    tensors are None.
     """
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, index):
-        kept, waveforms, bad = [], [], []
-        for utterance in self.batches[index]:
-            try:
-                waveforms.append(waveform(utterance))
-                kept.append(utterance)
-            except UserError as error:
-                bad.append(str(error))
-        return kept, *(pad(waveforms) if kept else (None, None)), bad
+    kept, waveforms, bad = [], [], []
+    for utterance in batch:
+        try:
+            waveforms.append(waveform(utterance))
+            kept.append(utterance)
+        except UserError as error:
+            bad.append(str(error))
+    return kept, *(pad(waveforms) if kept else (None, None)), bad
 
 
-# --- Text and errors ---------------------------------------------------------------------------------------------------
+# --- Text and errors -----------------------------------------------------------------------------------------------
 
-# wav2vec2's characters, in the order of its output units; the first is CTC's blank as well as padding, "|" is between words.
+# wav2vec2's characters, in the order of its output units; the first is CTC's blank too, and "|" stands between words.
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 INDEX = {character: index for index, character in enumerate(VOCABULARY)}
 
@@ -405,41 +396,58 @@ def edit_distance(reference, hypothesis):
 
 
 def error_rate(references, hypotheses, split=str.split):
-    """Edits over reference length, of a whole corpus: of words, or of characters with split=list. A fraction, which can exceed 1."""
+    """Edits over reference length, of a whole corpus: of words, or of characters with split=list. It can exceed 1."""
     edits = sum(edit_distance(split(r), split(h)) for r, h in zip(references, hypotheses, strict=True))
     return edits / max(1, sum(len(split(r)) for r in references))
 
 
-# --- The demo corpus: a source-filter synthesiser -------------------------------------------------------------------------
-#
-# A glottal pulse train and noise (the sources) pass through four formant resonances (the filter), frame by frame; targets of
-# neighbouring phones are smoothed into each other. It is no match for a recording, and is not meant to be: it has voices,
-# coarticulation, tempo and noise to generalise over, and needs no file.
+def error_rates(references, hypotheses):
+    return {
+        "word_error_rate": error_rate(references, hypotheses),
+        "character_error_rate": error_rate(references, hypotheses, split=list),
+    }
 
-# phone: milliseconds, loudness of the voice, loudness of the noise, frequencies in Hz of the formants. Vowels: Peterson and
-# Barney 1952, table II, men. Consonants: round values that are usual in formant synthesis (Klatt 1980).
+
+def accuracies(references, hypotheses):
+    """Of intents and, where they are SLURP's scenario_action, of its two halves."""
+    right = {"intent_accuracy": [h == r for h, r in zip(hypotheses, references)]}
+    if all("_" in r for r in references):
+        for half, name in ((0, "scenario_accuracy"), (-1, "action_accuracy")):
+            right[name] = [h.split("_", 1)[half] == r.split("_", 1)[half] for h, r in zip(hypotheses, references)]
+    return {name: sum(values) / len(values) for name, values in right.items()}
+
+
+# --- The demo corpus: a source-filter synthesiser ------------------------------------------------------------------
+#
+# A glottal pulse train and noise (the sources) pass through three formant resonances (the filter), frame by frame;
+# targets of neighbouring phones are smoothed into each other. It is no match for a recording, nor meant to be: it has
+# voices, coarticulation, tempo and noise to generalise over, and needs no file.
+
+# phone: milliseconds, loudness of the voice, loudness of the noise, frequencies in Hz of the formants. Vowels: Peterson
+# and Barney 1952, table II, men. Consonants: round values that are usual in formant synthesis (Klatt 1980).
 PHONES = {
     "i": (130, 1.0, 0.0, 270, 2290, 3010), "I": (90, 1.0, 0.0, 390, 1990, 2550), "E": (100, 1.0, 0.0, 530, 1840, 2480),
     "A": (120, 1.0, 0.0, 660, 1720, 2410), "a": (120, 1.0, 0.0, 730, 1090, 2440), "O": (130, 1.0, 0.0, 570, 840, 2410),
     "U": (90, 1.0, 0.0, 440, 1020, 2240), "u": (130, 1.0, 0.0, 300, 870, 2240), "V": (90, 1.0, 0.0, 640, 1190, 2390),
     "R": (120, 1.0, 0.0, 490, 1350, 1690), "m": (80, 0.4, 0.0, 250, 1000, 2200), "n": (80, 0.4, 0.0, 250, 1500, 2600),
-    "G": (80, 0.4, 0.0, 250, 2000, 2800), "l": (70, 0.6, 0.0, 360, 1300, 2700), "r": (70, 0.6, 0.0, 310, 1060, 1380),
-    "w": (70, 0.6, 0.0, 290, 610, 2150), "y": (60, 0.6, 0.0, 260, 2070, 3020), "h": (60, 0.0, 0.2, 500, 1500, 2500),
-    "s": (110, 0.0, 0.5, 4500, 5500, 6500), "S": (110, 0.0, 0.5, 2200, 2900, 3800), "f": (100, 0.0, 0.2, 1400, 4000, 7000),
-    "T": (100, 0.0, 0.2, 1600, 5000, 6800), "z": (90, 0.3, 0.3, 300, 5000, 6200), "v": (70, 0.4, 0.1, 300, 1300, 2300),
+    "l": (70, 0.6, 0.0, 360, 1300, 2700), "r": (70, 0.6, 0.0, 310, 1060, 1380), "w": (70, 0.6, 0.0, 290, 610, 2150),
+    "y": (60, 0.6, 0.0, 260, 2070, 3020), "s": (110, 0.0, 0.5, 4500, 5500, 6500),
+    "f": (100, 0.0, 0.2, 1400, 4000, 7000), "T": (100, 0.0, 0.2, 1600, 5000, 6800),
+    "z": (90, 0.3, 0.3, 300, 5000, 6200), "v": (70, 0.4, 0.1, 300, 1300, 2300),
     "D": (60, 0.4, 0.1, 300, 1600, 2600), "p": (20, 0.0, 0.6, 700, 1100, 2200), "t": (20, 0.0, 0.7, 3000, 4000, 5200),
     "k": (30, 0.0, 0.7, 1200, 1800, 2600), "b": (20, 0.5, 0.3, 300, 900, 2200), "d": (20, 0.5, 0.4, 300, 1700, 2700),
-    "g": (30, 0.5, 0.4, 300, 1600, 2000), "j": (70, 0.2, 0.4, 300, 2200, 3000), "_": (50, 0.0, 0.0, 500, 1500, 2500),
+    "_": (50, 0.0, 0.0, 500, 1500, 2500),
 }  # fmt: skip
 
 # Each stop has the silence of its closure before it.
 WORDS = {
-    "zero": "zIrO", "one": "wVn", "two": "_tu", "three": "Tri", "four": "fOr", "five": "faIv", "six": "sI_ks", "seven": "sEvVn",
-    "eight": "EI_t", "nine": "naIn", "a": "V", "alarm": "Vlarm", "an": "An", "any": "Eni", "at": "A_t", "coffee": "_kOfi",
-    "email": "imEIl", "for": "fOr", "in": "In", "is": "Iz", "it": "I_t", "lights": "laI_ts", "louder": "laU_dR", "make": "mEI_k",
-    "me": "mi", "music": "myuzI_k", "my": "maI", "new": "nu", "now": "naU", "off": "Of", "play": "_plEI", "rain": "rEIn",
-    "read": "ri_d", "room": "rum", "set": "sE_t", "some": "sVm", "stop": "s_ta_p", "the": "DV", "time": "_taIm", "turn": "_tRn",
-    "up": "V_p", "wake": "wEI_k", "weather": "wEDR", "what": "wV_t", "will": "wIl",
+    "zero": "zIrO", "one": "wVn", "two": "_tu", "three": "Tri", "four": "fOr", "five": "faIv", "six": "sI_ks",
+    "seven": "sEvVn", "eight": "EI_t", "nine": "naIn", "a": "V", "alarm": "Vlarm", "an": "An", "any": "Eni",
+    "at": "A_t", "coffee": "_kOfi", "email": "imEIl", "for": "fOr", "in": "In", "is": "Iz", "it": "I_t",
+    "lights": "laI_ts", "louder": "laU_dR", "make": "mEI_k", "me": "mi", "music": "myuzI_k", "my": "maI",
+    "new": "nu", "now": "naU", "off": "Of", "play": "_plEI", "rain": "rEIn", "read": "ri_d", "room": "rum",
+    "set": "sE_t", "some": "sVm", "stop": "s_ta_p", "the": "DV", "time": "_taIm", "turn": "_tRn", "up": "V_p",
+    "wake": "wEI_k", "weather": "wEDR", "what": "wV_t", "will": "wIl",
 }  # fmt: skip
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -474,7 +482,8 @@ def synthesise(words, rng):
 
     frames = len(voice)
     samples = frames * hop + window
-    contour = pitch * (1.1 - 0.25 * np.linspace(0, 1, samples)) * (1 + 0.03 * np.sin(2 * np.pi * rng.uniform(2, 5) * np.arange(samples) / SAMPLE_RATE))
+    vibrato = np.sin(2 * np.pi * rng.uniform(2, 5) * np.arange(samples) / SAMPLE_RATE)
+    contour = pitch * (1.1 - 0.25 * np.linspace(0, 1, samples)) * (1 + 0.03 * vibrato)
     pulses = np.diff(np.floor(np.cumsum(contour) / SAMPLE_RATE), prepend=0) * np.sqrt(SAMPLE_RATE / pitch)
     breath = rng.standard_normal(samples)
 
@@ -483,8 +492,8 @@ def synthesise(words, rng):
     resonances = 1 / (1 + ((frequency - formants[..., None]) / bandwidth) ** 2)
     envelope = (np.array([1, 0.6, 0.3])[:, None, None] * resonances).sum(0) + 0.003
     cut = np.arange(frames)[:, None] * hop + np.arange(window)
-    shape = np.hanning(window)
-    spectrum = np.fft.rfft(pulses[cut] * shape, 512) * voice[:, None] + np.fft.rfft(breath[cut] * shape, 512) * noise[:, None]
+    sources = ((pulses, voice), (breath, noise))
+    spectrum = sum(np.fft.rfft(s[cut] * np.hanning(window), 512) * loudness[:, None] for s, loudness in sources)
     pieces = np.fft.irfft(spectrum * envelope, 512)
     signal = np.zeros(frames * hop + 512)
     for start, piece in zip(range(0, frames * hop, hop), pieces):
@@ -509,6 +518,6 @@ def demo_corpus(task, seed):
                 intent = list(COMMANDS)[i % len(COMMANDS)]
                 words = [rng.choice(DIGITS) if word == "#" else word for word in rng.choice(COMMANDS[intent]).split()]
             samples = synthesise(words, rng)
-            name = f"demo-{split}-{i:04}"
-            splits[split].append(Utterance(name, samples, len(samples) / SAMPLE_RATE, normalise(" ".join(words)), intent))
+            seconds, text = len(samples) / SAMPLE_RATE, normalise(" ".join(words))
+            splits[split].append(Utterance(f"demo-{split}-{i:04}", samples, seconds, text, intent))
     return Corpus("demo", **splits, size=sum(DEMO_SIZES.values()))

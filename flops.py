@@ -80,7 +80,7 @@ class Shape:
 
     @classmethod
     def from_dict(cls, fields):
-        """The inverse of `as_dict`. Raises TypeError or ValueError where the fields are not those of a possible model."""
+        """The inverse of `as_dict`. Raises TypeError or ValueError where the fields are those of no possible model."""
         shape = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
         convolutions, layers = (shape.channels, shape.kernels, shape.strides), (shape.heads, shape.units)
         positive = [shape.width, shape.head_width, shape.position_kernel, shape.position_groups, *sum(convolutions, ())]
@@ -113,16 +113,11 @@ class Part(NamedTuple):
     params: Any
 
 
-def _total(parts):
-    parts = list(parts)
-    return Part(sum(part.macs for part in parts), sum(part.params for part in parts))
-
-
 @dataclass(frozen=True)
 class Cost:
-    """What `cost` returns: the totals `macs` and `params`, and a `Part` for each part of the model."""
+    """What `cost` returns: a `Part` for each part of the model, and the totals `macs` and `params`."""
 
-    convolutions: tuple  # one Part per convolution of the frontend
+    convolutions: tuple  # a Part per convolution of the frontend
     projection: Part
     position: Part
     attention_linear: Part  # query, key, value and output maps of all layers
@@ -131,15 +126,15 @@ class Cost:
 
     @property
     def frontend(self):
-        return _total(self.convolutions)
+        return Part(*map(sum, zip(*self.convolutions)))
 
     @property
     def attention(self):
-        return _total((self.attention_linear, self.attention_product))
+        return Part(*map(sum, zip(self.attention_linear, self.attention_product)))
 
     @property
     def total(self):
-        return _total((self.frontend, self.projection, self.position, self.attention, self.ffn))
+        return Part(*map(sum, zip(self.frontend, self.projection, self.position, self.attention, self.ffn)))
 
     @property
     def macs(self):
@@ -153,9 +148,9 @@ class Cost:
 def cost(shape, samples):
     """MACs and parameters of an encoder of this shape on one utterance of `samples` samples at 16 kHz.
 
-    Every trainable tensor of `transformer.Wav2Vec2` counts as parameters: a normalisation with the layer that it follows
-    (the projection's with the projection), the mask embedding with the projection. Two vectors of `frontend.Projection`
-    do not, since they are fixed: `scale` and `shut`, which hold what slicing leaves behind before the LayerNorm.
+    Every trainable tensor of `transformer.Wav2Vec2` counts as parameters: a normalisation with the layer that it
+    follows (the projection's with the projection), the mask embedding with the projection. Two vectors of
+    `frontend.Projection` do not, since they are fixed: `scale` and `shut`, which slicing leaves about the LayerNorm.
 
     Raises ValueError where `samples` is less than the receptive field.
     """
@@ -171,14 +166,14 @@ def cost(shape, samples):
 
     frames, width = frame_counts[-1], shape.width
     layer_norm = 2 * width
-    projection = Part(frames * inputs * width, 2 * inputs + inputs * width + width + width)  # LayerNorm, map, bias, mask
+    projection = Part(frames * inputs * width, 2 * inputs + (inputs + 1) * width + width)  # LayerNorm, map, mask
 
     kernel = shape.position_kernel
     weights = width * (width // shape.position_groups) * kernel
     gains = kernel  # weight norm has one for each tap
     position = Part(shape.position_frames(frames) * weights, weights + gains + width + layer_norm)
 
-    biases_and_norms = len(shape.heads) * (width + layer_norm)  # of a part's output, which stay in a layer that lost all
+    biases_and_norms = len(shape.heads) * (width + layer_norm)  # of the output, which a layer that lost all keeps
     features = sum(shape.heads) * shape.head_width
     attention_linear = Part(4 * frames * width * features, (4 * width + 3) * features + biases_and_norms)
     attention_product = Part(2 * frames * frames * features, 0)

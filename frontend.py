@@ -64,7 +64,7 @@ def _set_sizes(layer):
 
 
 class FirstConvolution(nn.Module):
-    """The first convolution and its GroupNorm (a group per channel), with statistics over each utterance's valid frames.
+    """The first convolution and its GroupNorm (a group per channel), with statistics over an utterance's valid frames.
 
     The public implementations count the padding in (transformers issue 21534, fairseq 3227, torchaudio 2242). Here the
     statistics come from the input: an output is w.p for a patch p of `kernel` samples, so a channel's mean is w.E[p]
@@ -88,7 +88,7 @@ class FirstConvolution(nn.Module):
         return torch.baddbmm(shift[..., None], gain[..., None] * self.weight[:, 0], patches)
 
     def statistics(self, patches, frames):
-        """Mean and variance of each channel, (batch, channels) each, over the valid of patches (batch, kernel, frames)."""
+        """Mean and variance, (batch, channels) each, of channels over the valid of patches (batch, kernel, frames)."""
         centred, count = patches.double(), patches.shape[2]
         if frames is not None:
             outside, count = ~valid(frames, count)[:, None], frames[:, None]
@@ -209,6 +209,6 @@ class Projection(nn.Module):
 def spans(starts, length):
     """Spans of `length` from these starts, (rows, size) bool -> the same.
 
-    Where starts have the probability p / length, spans would cover p of a row if they did not overlap; 0.65 covers half.
+    Where starts have the probability p / length, spans would cover p of a row if none overlapped (of 0.65, half).
     """
     return F.max_pool1d(F.pad(starts.float()[:, None], (length - 1, 0)), length, stride=1)[:, 0] > 0

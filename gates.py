@@ -1,4 +1,4 @@
-"""Which units to keep: hard-concrete gates, the constraint that trains them, and the hardening that ends their training.
+"""Which units to keep: hard-concrete gates, the constraint that trains them, and the hardening that ends it.
 
 A unit is an output channel of a convolution, an attention head or a feed-forward unit. Each has a gate z in [0, 1]:
 
@@ -6,7 +6,7 @@ A unit is an output channel of a convolution, an attention head or a feed-forwar
     z = clamp(s (zeta - gamma) + gamma, 0, 1)
     P(z != 0) = sigmoid(log alpha - beta log(-gamma / zeta))
 
-(Louizos, Welling, Kingma 2018, arXiv 1712.01312, eq. 10 to 13.) Weights and gates minimise, and the multipliers maximise,
+(Louizos, Welling, Kingma 2018, arXiv 1712.01312, eq. 10 to 13.) Weights and gates minimise, and multipliers maximise,
 
     L_task + lambda_1 (s - t) + lambda_2 (s - t)^2,  s = 1 - E[cost] / dense cost
 
@@ -28,8 +28,8 @@ from torch import nn
 from flops import SAMPLES, UserError, cost
 
 TOLERANCE = 0.002  # of the dense cost, that hardening may leave unused for the sake of whole groups
-# The groups in which units are kept (half of it where a layer's size is no multiple): a vector register of AVX-512 holds
-# 16 numbers in float32, a convolution works on two registers at a time, and odd sizes run slower (README, Speed).
+# The groups in which units are kept (half of it where a layer's size is no multiple): a vector register of AVX-512
+# holds 16 numbers in float32, a convolution works on two registers at a time, and odd sizes run slower (README, Speed).
 ALIGN = {"channels": 32, "heads": 1, "units": 16}
 
 
@@ -70,8 +70,8 @@ class HardConcrete(nn.Module):
     def harden(self, count):
         """Keep the `count` units that are most probably open; shut the others for good.
 
-        Kept gates are opened at least halfway: one can be near 0 where training shut more than the budget asks for, and its
-        unit would be kept in vain.
+        Kept gates are opened at least halfway: one can be near 0 where training shut more than the budget asks for,
+        and its unit would be kept in vain.
         """
         order = self.log_alpha.argsort(descending=True, stable=True)
         self.log_alpha.clamp_(min=0)[order[count:]] = -math.inf
@@ -85,7 +85,7 @@ class Constraint(NamedTuple):
     kinds: tuple
 
 
-# In the order of hardening: what the frontend keeps changes the cost of the rest (the projection's), and not the reverse.
+# In the order of hardening: what the frontend keeps changes the rest's cost (the projection's), and not the reverse.
 METHODS = {
     "mac": [Constraint("MACs", attrgetter("macs"), ("channels", "heads", "units"))],
     "size": [Constraint("parameters", attrgetter("params"), ("channels", "heads", "units"))],
@@ -121,7 +121,7 @@ def fewest(place):
 
 
 def expected_shape(shape, gates):
-    """`shape` with each gated layer's count replaced by its expectation, the sum of open probabilities (float64 tensors)."""
+    """`shape` with each gated count replaced by its expectation, the sum of open probabilities (float64 tensors)."""
     return shape.with_counts({place: gate.open_probability().sum() for place, gate in gates.items()})
 
 
@@ -151,11 +151,11 @@ class Lagrangian(nn.Module):
 
 @torch.no_grad()
 def harden(gates, shape, method, budget, ragged=False):
-    """Shut gates for good, so that the actual cost is at most `budget` of the dense, and as close under it as units allow.
+    """Shut gates for good: the actual cost is then at most `budget` of the dense, as close under it as units allow.
 
-    The most probably open units are kept, in groups of ALIGN (`ragged`: one by one), under one threshold over all layers.
-    The feed-forward units, the finest of all, make up the difference: those about the threshold give way to the group that
-    the threshold falls on, and those under it fill what is left; see `counts_to_keep`. gates: by place; their log alpha
+    The most probably open units are kept, in groups of ALIGN (`ragged`: one by one), above one threshold over all
+    layers. The feed-forward units, the finest of all, make up the difference: some above the threshold give way to the
+    group that it falls on, and some below fill what is left; see `counts_to_keep`. gates: by place; their log alpha
     is changed. Raises UserError where even the smallest model costs more.
     """
     dense, kept = cost(shape, SAMPLES), {}
@@ -174,7 +174,7 @@ def harden(gates, shape, method, budget, ragged=False):
 
 
 def counts_to_keep(gates, share, budget, ragged):
-    """How many units to keep in each place, {place: count}. share: a function from such counts to a part of the cost."""
+    """How many units to keep, {place: count}. share: a function from such counts to their part of the dense cost."""
     groups, counts = unit_groups(gates, ragged), {place: fewest(place) for place in gates}
 
     def fits(groups):
@@ -207,7 +207,7 @@ def counts_to_keep(gates, share, budget, ragged):
 
 
 def unit_groups(gates, ragged):
-    """(place, the place's count once a group is kept) for all groups, best first; a group is as good as its middle unit.
+    """(place, the place's count once a group is kept) of all groups, best first; a group is as good as its middle unit.
 
     By log alpha: it orders units as the open probability does, and does not round to equal values near 0 and 1.
     """

@@ -10,8 +10,8 @@
 
 A run has up to three phases. Without a checkpoint it first trains a dense model, since the method prunes a trained one.
 Then weights, gates and multipliers train together under the budget (gates.py); the gates are hardened to the budget and
-the model is sliced. Then the small model trains on. --budget 1.0 trains as long, and prunes nothing: the reference. When
-a run was stopped or killed, the same command with --resume goes on where it was.
+the model is sliced. Then the small model trains on. --budget 1.0 trains as long, and prunes nothing: the reference.
+When a run was stopped or killed, the same command with --resume goes on where it was.
 """
 
 import argparse
@@ -24,42 +24,40 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
 import data
 from flops import BASE, SAMPLES, SECONDS, SMALL, Shape, UserError, cost, picture, table
 from gates import KINDS, METHODS, Lagrangian, check_budget, harden
-from transformer import (
-    Checkpoint, SpeechModel, Wav2Vec2, contents_of, load, precision, read_checkpoint, read_ours, save_model, saved, write,
-)  # fmt: skip
+from transformer import SpeechModel, Wav2Vec2, contents_of, load, precision, read_checkpoint, read_ours, save_model
+from transformer import torch_bytes, write
 
 log = logging.getLogger("sslprune")
 
-# --- Recipes: how long and how fast to train; each number can be set by the flag of its name -------------------------------
+# --- Recipes: how long and how fast to train; each number can be set by the flag of its name -----------------------
 
 RECIPES = {
-    # wav2vec2-base. Learning rates and warm-up are DPHuBERT's (Peng et al., Interspeech 2023). Masks and LayerDrop are those
-    # of fairseq's recipe for 100 hours (base_100h.yaml), which differs in what else it does: it freezes the frontend, has
-    # dropout on feed-forward activations only (here all of pre-training's, 0.1), and a learning rate of 3e-5. The updates
-    # are ours: with 100 s of audio each, pruning and fine-tuning are about 17 passes over those 100 hours.
+    # wav2vec2-base. Learning rates and warm-up are DPHuBERT's (Peng et al., Interspeech 2023). Masks and LayerDrop are
+    # those of fairseq's recipe for 100 hours (base_100h.yaml), which differs in the rest: it freezes the frontend, has
+    # dropout on feed-forward activations only (here everywhere, as pre-training has it), and a learning rate of 3e-5.
+    # The updates are ours: with 100 s of audio each, pruning and fine-tuning are 17 passes over those 100 hours.
     "base": dict(
         dense_updates=100_000, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0,
         dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1,
         layer_drop=0.1, time_mask=0.65, channel_mask=0.5, speed_perturbation=0.0,
     ),
-    # The small model from scratch, chosen on the demo's dev set: as long as a few minutes allow, and gates that are fast and
-    # a target that is slow enough for a phase of some hundred updates. Too short for masks and the like, which need more.
+    # The small model from scratch, chosen on the demo's dev set: as long as a few minutes allow, gates that are fast,
+    # and a target that is slow enough for a phase of some hundred updates. Masks and the like need longer training.
     "small": dict(
         dense_updates=560, prune_updates=300, finetune_updates=180, batch_seconds=10.0,
         dense_lr=1e-3, prune_lr=1e-3, finetune_lr=1e-3, gate_lr=0.2, warmup_share=0.5,
@@ -68,7 +66,7 @@ RECIPES = {
 }  # fmt: skip
 SMALL_SLU = dict(dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4)  # at 1e-3 the demo's intents are not learnt
 BETAS, GATE_BETAS = (0.9, 0.98), (0.0, 0.9)  # of Adam: fairseq's for the weights; see make_optimizer for gates
-WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage rate of the weights: parts of the phase; the last over the peak (fairseq)
+WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: parts of a phase, the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
 IN_A_ROW = 20  # updates without a finite gradient; after so many nothing will mend itself
 CONVERGED = 0.02  # of the dense cost: hardening from so near the budget shuts few units that training had left open
@@ -78,35 +76,32 @@ PHASES = {
     "prune": "train weights, gates and multipliers together",
     "finetune": "train the sliced model on",
 }
-TASKS = {"asr": "word_error_rate", "slu": "intent_accuracy"}  # and the name of its metric
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+METRICS = {"asr": "word_error_rate", "slu": "intent_accuracy"}  # of each task
 SPLITS = ("dev", "test")  # that are evaluated
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-# --- The commands ------------------------------------------------------------------------------------------------------
+# --- The commands --------------------------------------------------------------------------------------------------
 
 
 def main(arguments=None):
-    """The program; returns its exit status: 0, 2 for what the user can mend, 128 and a signal's number where one ended it."""
+    """The program; returns its exit status: 0, 2 for what the user can mend, 128 and the signal that stopped it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = parse(arguments)
     try:
-        if options.predict:
-            return predict(options)
-        if options.evaluate:
-            return evaluate_model(options)
-        if options.describe:
-            return describe(options)
+        for command in (predict, evaluate_model, describe):
+            if getattr(options, command.__name__.partition("_")[0]) is not None:
+                return command(options)
         return train_and_prune(options)
     except (UserError, OSError) as error:
         return refuse(error)
     except Stopped as stopped:
         refuse(stopped)
-        return 128 + stopping[0]
+        return 128 + stopped.number
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own only for a GPU's memory
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        return refuse(f"out of memory; {'cut up the recording' if options.predict else 'give a smaller --batch-seconds'}")
+        return refuse(f"out of memory; {'cut up the recording' if options.predict else 'give less --batch-seconds'}")
     except KeyboardInterrupt:
         refuse("interrupted")
         return 130
@@ -118,80 +113,80 @@ def refuse(message):
     return 2
 
 
+def number(kind, smallest, largest):
+    """A type of argparse's: numbers of a kind (int or float) within bounds."""
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not smallest <= value <= largest:
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {smallest:g} to {largest:g}")
+        return value
+
+    return convert
+
+
 def parse(arguments):
     """The command line as options; a mistake in it ends the program with one line and exit status 2."""
-
-    def number(kind, smallest, largest):
-        def convert(text):
-            try:
-                value = kind(text)
-            except ValueError:
-                value = math.nan
-            if not smallest <= value <= largest:
-                whole = "whole " if kind is int else ""
-                raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {smallest:g} to {largest:g}")
-            return value
-
-        return convert
-
-    fraction, count, rate = number(float, 0, 1), number(int, 0, 10**9), number(float, 1e-12, 1)
-    seconds = number(float, 0.1, 1e5)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    fraction, count, seconds = number(float, 0, 1), number(int, 0, 10**9), number(float, 0.1, 1e5)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: sys.exit(refuse(message))
-    what = parser.add_argument_group("what to do")
-    what.add_argument("--task", choices=sorted(TASKS), help="asr: transcripts with CTC; slu: intents")
-    what.add_argument("--budget", type=number(float, 1e-9, 1), help="fraction of the cost to keep; 1.0 prunes nothing")
-    what.add_argument("--predict", nargs="+", metavar=("MODEL", "FILE"), help="print what a model makes of recordings")
-    what.add_argument("--evaluate", metavar="MODEL", help="print a model's metrics on the dev and test splits of --data")
-    what.add_argument("--describe", metavar="CHECKPOINT", help="print the costs of a model, and what each layer kept")
-    how = parser.add_argument_group("how")
-    how.add_argument("--method", choices=sorted(METHODS), default="mac", help="what the budget is of (default %(default)s)")
-    how.add_argument("--ragged", action="store_true", help="keep any number of units, not the multiples that run fast")
-    how.add_argument("--data", default="demo", help="folder of LibriSpeech or SLURP (default: demo)")
-    for split in ("train", "dev", "test"):
-        how.add_argument(f"--{split}", metavar="NAMES", help=f"subsets that are the {split} split, joined by commas")
-    how.add_argument("--checkpoint", help="pretrained model: Hugging Face, fairseq, torchaudio, or a .pt of ours")
-    how.add_argument("--model", choices=("small", "base"), default="small", help="what to train without a checkpoint")
-    how.add_argument("--out", help="folder of the run (default runs/TASK-METHOD-BUDGET)")
-    how.add_argument("--resume", action="store_true", help="go on with the run in --out; all other flags as before")
-    how.add_argument("--save-seconds", type=number(float, 0, 1e9), default=600.0, metavar="N",
-                     help="how often to write what --resume needs (default %(default)g)")  # fmt: skip
-    how.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0)
-    how.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
-    how.add_argument("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32")
-    how.add_argument("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
-    how.add_argument("--max-seconds", type=seconds, default=30.0, metavar="N",
-                     help="leave longer utterances out of training (default %(default)g)")  # fmt: skip
-    how.add_argument("--accumulate", type=number(int, 1, 10**6), default=1, metavar="N",
-                     help="batches per update and process (default %(default)s)")  # fmt: skip
-    how.add_argument("--workers", type=count, metavar="N",
-                     help="processes that load audio beside each that trains (default: 4 with a GPU, else 0)")  # fmt: skip
-    recipe = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)")
-    types = {"updates": count, "lr": rate, "seconds": seconds}
+    add = parser.add_argument_group("what to do").add_argument
+    add("--task", choices=sorted(METRICS), help="asr: transcripts with CTC; slu: intents")
+    add("--budget", type=number(float, 1e-9, 1), help="fraction of the cost to keep; 1.0 prunes nothing")
+    add("--predict", nargs="+", metavar=("MODEL", "FILE"), help="print what a model makes of recordings")
+    add("--evaluate", metavar="MODEL", help="print a model's metrics on the dev and test splits of --data")
+    add("--describe", metavar="CHECKPOINT", help="print the costs of a model, and what each layer kept")
+    add = parser.add_argument_group("how").add_argument
+    add("--method", choices=sorted(METHODS), default="mac", help="what the budget is of (default %(default)s)")
+    add("--ragged", action="store_true", help="keep any number of units, not the multiples that run fast")
+    add("--data", default="demo", help="folder of LibriSpeech or SLURP (default: demo)")
+    for split in ("train", *SPLITS):
+        add(f"--{split}", metavar="NAMES", help=f"subsets that are the {split} split, joined by commas")
+    add("--checkpoint", help="pretrained model: Hugging Face, fairseq, torchaudio, or a .pt of ours (default: none)")
+    add("--out", help="folder of the run (default runs/TASK-METHOD-BUDGET)")
+    add("--resume", action="store_true", help="go on with the run in --out; all other flags as before")
+    add("--save-seconds", type=number(float, 0, 1e9), default=600.0, metavar="N",
+        help="how often to write what --resume needs (default %(default)g)")  # fmt: skip
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
+    add("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32")
+    add("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
+    add("--max-seconds", type=seconds, default=30.0, metavar="N", help="train on no longer ones (default %(default)g)")
+    add("--accumulate", type=number(int, 1, 10**6), default=1, metavar="N", help="batches per update and process")
+    add("--workers", type=count, metavar="N", help="processes that load audio (default: 4 with a GPU, else 0)")
+    add = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)").add_argument
+    types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds}
     for name in RECIPES["small"]:
-        recipe.add_argument("--" + name.replace("_", "-"), type=types.get(name.rpartition("_")[2], fraction), metavar="N")
+        add(flag(name), type=types.get(name.rpartition("_")[2], fraction), metavar="N")
     options = parser.parse_args(arguments)
     check_combination(options, parser)
     return options
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
 def check_combination(options, parser):
     """End the program where flags do not go together."""
-    if any(value == "" for value in vars(options).values()):
-        parser.error("a flag has an empty value; leave the flag out, or give it one")
     used_with = {
         "predict": {"device", "dtype"},
-        "evaluate": {"device", "dtype", "task", "data", "dev", "test", "seed", "skip_bad", "batch_seconds"},
+        "evaluate": {"device", "dtype", "task", "data", *SPLITS, "seed", "skip_bad", "batch_seconds"},
         "describe": set(),
     }
     command = next((name for name in used_with if getattr(options, name) is not None), None)
+    for name, value in vars(options).items():
+        if value == "":
+            parser.error(f"{flag(name)} has an empty value; leave it out, or give it one")
+        if command and name not in used_with[command] | {command} and value != parser.get_default(name):
+            parser.error(f"{flag(name)} has no meaning with --{command}; leave it out")
     if command is None and (options.task is None or options.budget is None):
         parser.error("give --task and --budget, as in --task asr --budget 0.5, or another command; see --help")
-    for name, value in vars(options).items():
-        if command and name not in used_with[command] | {command} and value != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no meaning with --{command}; leave it out")
     if command == "predict" and len(options.predict) < 2:
         parser.error("--predict takes a model.pt and at least one recording")
 
@@ -199,16 +194,13 @@ def check_combination(options, parser):
 def predict(options):
     """Print a line for each recording; one that cannot be read does not keep the others from being recognised."""
     path, *files = options.predict
-    model = load_to_use(path, options)
-    failed = []
+    model, failed = load_to_use(path, options), []
     for file in files:
         try:
             print(f"{file}\t{model.predict([file])[0]}", flush=True)
         except UserError as error:
             failed.append(error)
-    for error in failed:
-        refuse(error)
-    return 2 if failed else 0
+    return max([0, *map(refuse, failed)])
 
 
 def evaluate_model(options):
@@ -216,11 +208,10 @@ def evaluate_model(options):
     model = load_to_use(options.evaluate, options)
     if options.task not in (None, model.task):
         raise UserError(f"{options.evaluate}: was trained for {model.task}, not for {options.task}")
-    subsets = {split: getattr(options, split) for split in SPLITS}
-    corpus = data.open_corpus(options.data, model.task, options.seed, subsets, SPLITS, options.skip_bad)
-    seconds = options.batch_seconds or RECIPES["small"]["batch_seconds"]
+    corpus = open_corpus(options, model.task, SPLITS)
     for split in SPLITS:
-        print(in_words({split: evaluate(model, corpus, split, seconds)}), flush=True)
+        metrics = evaluate(model, corpus, split, options.batch_seconds or RECIPES["small"]["batch_seconds"])
+        print(in_words({split: metrics}), flush=True)
     return 0
 
 
@@ -233,18 +224,17 @@ def load_to_use(path, options):
 
 def describe(options):
     """Print the costs of a model on 10 s of audio, and what each of its layers kept."""
-    checkpoint = read_checkpoint(options.describe)
-    print(table(checkpoint.encoder().shape), picture(checkpoint.shape, checkpoint.dense), sep="\n\n")
+    encoder = read_checkpoint(options.describe).encoder()
+    print(table(encoder.shape), picture(encoder.shape, encoder.dense), sep="\n\n")
     return 0
 
 
-# --- A run: its phases -------------------------------------------------------------------------------------------------
+# --- A run: its phases ---------------------------------------------------------------------------------------------
 
 
 def train_and_prune(options):
     """All of a run, from the options to the report; returns the exit status."""
-    start = time.monotonic()
-    device = usable_device(options.device)
+    start, device = time.monotonic(), usable_device(options.device)
     with processes(device):
         run = prepare(options, device)
         if run is not None:
@@ -261,9 +251,9 @@ def go_through_phases(run):
     log.info("%s  seed %d  %s  %s", run.device, options.seed, options.data, size_in_words(run.dense_shape))
     if at.phase == "dense":
         if options.dense_updates:
-            announce(run)
             train(run)
-            run.write(lambda: save_model(model, run.out / "dense.pt"))
+            if not rank():
+                save_model(model, run.out / "dense.pt")
             at.head_is_trained = True
         if at.head_is_trained:
             at.dense_metrics = evaluate_all(run)
@@ -271,39 +261,24 @@ def go_through_phases(run):
         run.enter("prune")
 
     if at.phase == "prune":
-        announce(run)
         train(run)
         if run.lagrangian:
             at.expected = (1 - run.lagrangian.sparsity(model.encoder.gates)).tolist()
-            warn_unless_converged(run)
+            warn_unless_converged(options, at.expected)
             harden(model.encoder.gates, run.dense_shape, options.method, options.budget, options.ragged)
             model.encoder = model.encoder.slice()
             log.info("hardened and sliced: %s", size_in_words(model.encoder.shape))
         run.enter("finetune")
 
-    announce(run)
     train(run)
-    run.write(lambda: save_model(model, run.out / "model.pt"))  # before all that remains, so that nothing can lose it
+    if not rank():
+        save_model(model, run.out / "model.pt")  # before all that remains, so that nothing can lose it
     metrics = evaluate_all(run)
     if not rank():
         report = make_report(run, metrics)
         write(run.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         log.info("\n%s\n\n%s\n", picture(model.encoder.shape, run.dense_shape), comparison(report))
     run.enter("done")
-
-
-def announce(run):
-    """Say which phase begins, and what the budget is of."""
-    options, phase = run.options, run.at.phase
-    phases = [name for name in PHASES if getattr(options, f"{name}_updates")]
-    if phase in phases:
-        what = PHASES[phase] if phase == "dense" or options.budget < 1 else "train the dense model on, without gates"
-        log.info("phase %d of %d, %s: %s", phases.index(phase) + 1, len(phases), phase, what)
-    if phase == "prune" and options.budget < 1:
-        whole = cost(run.dense_shape, SAMPLES)
-        for constraint in METHODS[options.method]:
-            of = f"the {constraint.measure(whole):,} {constraint.name} of {options.checkpoint or 'the dense model'}"
-            log.info("the budget is %g of %s%s", options.budget, of, ", itself pruned" * (run.dense_shape != run.model.encoder.dense))
 
 
 def prepare(options, device):
@@ -314,13 +289,10 @@ def prepare(options, device):
     out = Path(options.out or f"runs/{options.task}-{options.method}-{options.budget:g}")
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise UserError(f"{out}: a file stands where --out needs a folder; give another --out")
-    state = read_state(out, options)
-    torch.manual_seed(options.seed)
-    checkpoint = read_checkpoint(options.checkpoint) if options.checkpoint is not None and not state else None
-    if state:
-        shape = Shape.from_dict(state["at"]["dense_shape"])
-    else:
-        shape = checkpoint.shape if checkpoint else {"small": SMALL, "base": BASE}[options.model]
+    state, checkpoint = read_state(out, options), None
+    if options.checkpoint is not None and not state:
+        checkpoint = read_checkpoint(options.checkpoint)
+    shape = Shape.from_dict(state["at"]["dense_shape"]) if state else checkpoint.shape if checkpoint else SMALL
     fill_recipe(options, shape)
     if options.budget < 1:
         check_budget(shape, options.method, options.budget)
@@ -329,24 +301,17 @@ def prepare(options, device):
         if state["at"]["phase"] == "done":
             log.info("%s: has run to its end; nothing is left to do", out)
             return None
-    subsets = {split: getattr(options, split) for split in ("train", *SPLITS)}
-    corpus = data.open_corpus(options.data, options.task, options.seed, subsets, skip_bad=options.skip_bad)
+    corpus = open_corpus(options, options.task, ("train", *SPLITS))
+    torch.manual_seed(options.seed)
     if state:
         run = Run.restored(options, out, corpus, device, state)
     else:
-        encoder = checkpoint.encoder() if checkpoint else Wav2Vec2(shape)
-        labels = data.VOCABULARY if options.task == "asr" else sorted({u.intent for u in corpus.train})
-        model = SpeechModel(encoder, options.task, labels)
-        trained = checkpoint is not None and (checkpoint.task, checkpoint.labels) == (model.task, model.labels)
-        if trained:
-            model = checkpoint.model()
-        elif checkpoint and checkpoint.task == options.task:
-            log.info("%s: was trained for other labels; its head starts anew", options.checkpoint)
+        model, trained = model_to_prune(options, checkpoint, corpus)
         run = Run(options, out, corpus, device, model, Progress(shape.as_dict(), head_is_trained=trained))
-    if not rank():
-        make_out(out, shape)
-    if not state:
         torch.manual_seed(options.seed + rank())  # after the weights, which are to be the same in all processes
+    if not rank():
+        out.mkdir(parents=True, exist_ok=True)
+    if not state:
         run.save()
     return run
 
@@ -363,14 +328,21 @@ def fill_recipe(options, shape):
             setattr(options, name, value)
 
 
-def make_out(out, shape):
-    """Make the folder of a run, where there is room for what it will hold."""
-    out.mkdir(parents=True, exist_ok=True)
-    # In float32: dense.pt, model.pt, and the training checkpoint (weights, two moments of Adam's) with a copy being written.
-    need = 8 * 4 * cost(shape, SAMPLES).params + 2**20
-    free = shutil.disk_usage(out).free
-    if free < need:
-        raise UserError(f"{out}: {free / 1e6:.0f} MB are free, {need / 1e6:.0f} MB are needed; make room, or give another --out")
+def model_to_prune(options, checkpoint, corpus):
+    """A SpeechModel, with the checkpoint's encoder where there is one, and whether its head is trained for the task."""
+    labels = data.VOCABULARY if options.task == "asr" else sorted({u.intent for u in corpus.train})
+    if checkpoint is None:
+        return SpeechModel(Wav2Vec2(SMALL), options.task, labels), False
+    if (checkpoint.task, checkpoint.labels) == (options.task, labels):
+        return checkpoint.model(), True
+    if checkpoint.task == options.task:
+        log.info("%s: was trained for other labels; its head starts anew", options.checkpoint)
+    return SpeechModel(checkpoint.encoder(), options.task, labels), False
+
+
+def open_corpus(options, task, splits):
+    subsets = {split: getattr(options, split) for split in splits}
+    return data.open_corpus(options.data, task, options.seed, subsets, splits, options.skip_bad)
 
 
 def usable_device(name):
@@ -387,21 +359,22 @@ def usable_device(name):
     return device
 
 
-# --- Training ----------------------------------------------------------------------------------------------------------
+# --- Training ------------------------------------------------------------------------------------------------------
 
 
 def train(run):
     """Train to the end of the phase: min over weights and gates, max over multipliers, of the task's loss + penalty."""
     options, model, at, lagrangian = run.options, run.model, run.at, run.lagrangian
-    encoder, updates = model.encoder, getattr(options, f"{at.phase}_updates")
+    encoder, updates = model.encoder, run.updates
     optimizer = run.optimizer = run.optimizer or make_optimizer(model, lagrangian, options.gate_lr)
     encoder.layer_drop = options.layer_drop
     encoder.projection.time_mask, encoder.projection.channel_mask = options.time_mask, options.channel_mask
     model.train()
     run.start_clock()
-    show = progress(at.phase, updates, at.update)
+    announce(run)
+    show = countdown(at.phase, updates, at.update)
     while at.update < updates:
-        for batches in epoch(run, updates):
+        for batches in epoch(run):
             optimizer.param_groups[0]["lr"] = getattr(options, f"{at.phase}_lr") * tri_stage(at.update / updates)
             warmup = min(1, at.update / max(1, options.warmup_share * updates))
             optimizer.zero_grad(set_to_none=False)
@@ -414,16 +387,30 @@ def train(run):
             loss, count = add_up_gradients(optimizer, losses, run.device)
             if count:
                 step(optimizer, loss, count, at)
-                show(at.update, loss, lambda: kept_in_words(run))
+            show(at.update, lambda: f"  loss {loss:.3f}{kept_in_words(run)}")
             save_or_stop(run)
     run.save()
 
 
-def epoch(run, updates):
-    """The batches of each update that is left in this epoch: a list of (utterances, waveforms, lengths) for this process.
+def announce(run):
+    """Say which phase begins, and what the budget is of."""
+    options, phase = run.options, run.at.phase
+    phases = [name for name in PHASES if getattr(options, f"{name}_updates")]
+    if phase in phases:
+        what = PHASES[phase] if phase == "dense" or options.budget < 1 else "train the dense model on, without gates"
+        log.info("phase %d of %d, %s: %s", phases.index(phase) + 1, len(phases), phase, what)
+    if run.lagrangian:
+        whole = cost(run.dense_shape, SAMPLES)
+        whose = "the dense model's" if run.dense_shape == run.model.encoder.dense else "the already pruned checkpoint's"
+        for constraint in METHODS[options.method]:
+            log.info("budget: %g of %s %s %s", options.budget, whose, f"{constraint.measure(whole):,}", constraint.name)
 
-    An epoch's batches follow from the seed, the phase and its number. An update takes the next few: one for each process,
-    `accumulate` times. It depends on their number in all, and not on where each was computed.
+
+def epoch(run):
+    """The batches of each update that is left in this epoch: this process's, as (utterances, waveforms, lengths).
+
+    An epoch's batches follow from the seed, the phase and its number. An update takes the next few: one for each
+    process, `accumulate` times. It depends on their number in all, and not on where each was computed.
     """
     options, model, corpus, at = run.options, run.model, run.corpus, run.at
     rng = np.random.default_rng([options.seed, *at.phase.encode(), at.epoch])
@@ -435,18 +422,17 @@ def epoch(run, updates):
         short_enough, corpus, frames_of(model), model.task == "asr",
         options.speed_perturbation, options.batch_seconds, rng, shortest_first,
     )  # fmt: skip
-    size, first, before = ranks() * options.accumulate, at.group, at.update
-    groups = [batches[i : i + size] for i in range(0, len(batches), size)]
-    own = [group[rank() :: ranks()] for group in groups[first:]]
-    loaded = load_batches(list(itertools.chain(*own)), corpus, options.workers, run.device)
-    for share in own:
-        if at.update == updates:
+    size, before = ranks() * options.accumulate, (at.update, at.group)
+    groups = [batches[i : i + size][rank() :: ranks()] for i in range(0, len(batches), size)][at.group :]
+    loaded = load_batches(list(itertools.chain(*groups)), corpus, options.workers, run.device)
+    for group in groups:
+        if at.update == run.updates:
             break
         at.group += 1
-        yield [batch for batch in itertools.islice(loaded, len(share)) if batch[0]]
+        yield [batch for batch in itertools.islice(loaded, len(group)) if batch[0]]
     share_skipped(corpus)
     corpus.check()
-    if at.update == before and first == 0:
+    if before == (at.update, 0):
         raise UserError("no utterance of the training split could be read, or none is short enough for --max-seconds")
     at.epoch, at.group = at.epoch + 1, 0
 
@@ -455,8 +441,8 @@ def load_batches(batches, corpus, workers, device):
     """An iterator over (utterances, waveforms, lengths) of these batches; what cannot be read is skipped."""
     if workers is None:
         workers = 4 if device.type == "cuda" else 0
-    own = torch.Generator()  # or an iterator would draw from the global one, and a resumed epoch needs one iterator more
-    for *batch, bad in torch.utils.data.DataLoader(data.Loader(batches), None, num_workers=workers, generator=own):
+    own = torch.Generator()  # or the iterator would draw from the global one, and a resumed epoch has one iterator more
+    for *batch, bad in DataLoader(batches, None, collate_fn=data.load_batch, num_workers=workers, generator=own):
         for reason in bad:
             corpus.skip(reason)
         yield batch
@@ -468,7 +454,7 @@ def frames_of(model):
 
 
 def tri_stage(done):
-    """Learning rate over its peak where `done` in [0, 1) of a phase is over: up linearly, hold, down exponentially (fairseq)."""
+    """Learning rate over its peak when `done`, in [0, 1), of a phase is over: up linearly, hold, down exponentially."""
     if done < WARMUP:
         return (done + 1e-3) / (WARMUP + 1e-3)
     if done < 1 - DECAY:
@@ -479,11 +465,12 @@ def tri_stage(done):
 def make_optimizer(model, lagrangian, gate_lr):
     """Adam over the weights and, where there is a Lagrangian, over the gates and its multipliers; the latter ascend.
 
-    The rate of gates and multipliers is constant. Were it to fall with the weights', multipliers that grew while the target
-    was out of reach could not come down again before the phase ends, and gates would be shut beyond the budget. Nor have
-    they momentum (the first of GATE_BETAS): they answer each other, and its lag makes the expected cost swing about the
-    budget (Gidel et al. 2019, arXiv 1807.04740). The second is small since their gradients vanish as the budget is met: a
-    long memory of large ones is a lag too. It was tried in phases of some hundred updates, not in base's 40,000.
+    The rate of gates and multipliers is constant. Were it to fall with the weights', multipliers that grew while the
+    target was out of reach could not come down again before the phase ends, and gates would be shut beyond the budget.
+    Nor have they momentum (the first of GATE_BETAS): they answer each other, and its lag makes the expected cost swing
+    about the budget (Gidel et al. 2019, arXiv 1807.04740). The second is small since their gradients vanish as the
+    budget is met: a long memory of large ones is a lag too. It was tried in phases of some hundred updates, not in
+    base's 40,000.
     """
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
     groups = [{"params": weights, "betas": BETAS}]
@@ -498,15 +485,15 @@ def make_optimizer(model, lagrangian, gate_lr):
 
 
 def add_up_gradients(optimizer, losses, device):
-    """Sum the gradients over all processes; returns the mean loss (None of no batch), and of how many batches."""
+    """Sum the gradients over all processes. Returns the mean loss of their batches, and how many there are."""
     total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=device)
     add_up([total, *(p.grad for group in optimizer.param_groups for p in group["params"])])
     loss, count = total.tolist()
-    return (loss / count if count else None), count
+    return loss / max(1, count), count
 
 
 def step(optimizer, loss, count, at):
-    """Make the update that the summed gradients of `count` batches ask for, or leave it out where they are not finite."""
+    """Make the update that the summed gradients of `count` batches ask for; leave it out where they are not finite."""
     weights, *others = (group["params"] for group in optimizer.param_groups)
     others = list(itertools.chain(*others))
     if count > 1:
@@ -536,42 +523,36 @@ def kept_in_words(run):
     return "  expected to keep " + ", ".join(f"{share:.3f}" for share in kept)
 
 
-def progress(what, total, first=0, last=True):
-    """A function to call after each of `total` steps, `first` of them made before; it logs how far they are, ever less often.
+def countdown(what, total, first=0):
+    """A function to call after each of `total` steps, `first` of them made before: it logs how long is left.
 
-    It takes the step, its loss or None, and a function that makes further details. last: whether to log the last step in
-    any case.
+    It takes the step and a function that makes details, and logs ever less often.
     """
     start = shown = time.monotonic()
-    losses = []
 
-    def show(step, loss=None, details=lambda: ""):
+    def show(step, details=lambda: ""):
         nonlocal shown
         now = time.monotonic()
-        losses.extend([loss] * (loss is not None))
-        if now - shown >= max(10, (now - start) / 50) or (step == total and last):
-            left = round((now - start) / (step - first) * (total - step))
-            mean = f"  loss {statistics.fmean(losses):.3f}" if losses else ""
-            log.info("%s %d/%d%s%s  %d:%02d left", what, step, total, mean, details(), left // 60, left % 60)
-            losses.clear()
+        if now - shown >= max(10, (now - start) / 50):
+            left = round((now - start) / max(1, step - first) * (total - step))
+            log.info("%s %d/%d%s  %d:%02d left", what, step, total, details(), left // 60, left % 60)
             shown = now
 
     return show
 
 
-def warn_unless_converged(run):
-    """Say so where training did not bring the expected cost to the budget, and what to change."""
-    budget = run.options.budget
-    for constraint, kept in zip(METHODS[run.options.method], run.at.expected):
-        if abs(kept - budget) > CONVERGED:
-            then = "shuts what training kept" if kept > budget else "keeps what training shut"
+def warn_unless_converged(options, expected):
+    """Say so where training did not bring the expected costs to the budget, and what to change."""
+    for constraint, kept in zip(METHODS[options.method], expected):
+        if abs(kept - options.budget) > CONVERGED:
+            then = "shuts what training kept" if kept > options.budget else "keeps what training shut"
             log.warning(
                 "the constraint has not converged: %.3f of the %s are expected to be kept, not %g, and hardening %s."
-                " Give more --prune-updates, or a larger --gate-lr", kept, constraint.name, budget, then,
+                " Give more --prune-updates, or a larger --gate-lr", kept, constraint.name, options.budget, then,
             )  # fmt: skip
 
 
-# --- Evaluation --------------------------------------------------------------------------------------------------------
+# --- Evaluation ----------------------------------------------------------------------------------------------------
 
 
 def evaluate_all(run):
@@ -583,76 +564,58 @@ def evaluate(model, corpus, split, batch_seconds):
     model.eval()
     utterances = data.usable(getattr(corpus, split), corpus, frames_of(model), ctc=False)
     batches = data.batches(utterances, batch_seconds)
-    numbers = range(rank(), len(batches), ranks())  # each process has its part of the same batches, however many there are
-    show = progress(f"evaluate {split}", len(numbers), last=False)
+    numbers = range(rank(), len(batches), ranks())  # each process has its part of the batches, however many there are
+    show = countdown(f"evaluate {split}", len(numbers))
     found = []  # (number of the batch, references, hypotheses)
-    device = next(model.parameters()).device
-    loaded = load_batches([batches[i] for i in numbers], corpus, None, device)
-    for step, (number, (batch, waveforms, lengths)) in enumerate(zip(numbers, loaded), 1):
-        leave_if_asked()
+    loaded = load_batches([batches[i] for i in numbers], corpus, None, next(model.parameters()).device)
+    for done, (number, (batch, waveforms, lengths)) in enumerate(zip(numbers, loaded), 1):
+        if stopping:
+            raise Stopped(stopping[0], "an evaluation")
         if batch:
             said = [u.text if model.task == "asr" else u.intent for u in batch]
             found.append((number, said, model.transcribe(waveforms, lengths)))
-        show(step)
+        show(done)
     share_skipped(corpus)
     corpus.check()
     found = sorted(itertools.chain(*gather(found)))
     references, hypotheses = ([label for batch in found for label in batch[which]] for which in (1, 2))
     if not references:
         raise UserError(f"no utterance of the {split} split could be read")
-    return error_rates(references, hypotheses) if model.task == "asr" else accuracies(references, hypotheses)
-
-
-def error_rates(references, hypotheses):
-    return {
-        "word_error_rate": data.error_rate(references, hypotheses),
-        "character_error_rate": data.error_rate(references, hypotheses, split=list),
-    }
-
-
-def accuracies(references, hypotheses):
-    """Of intents and, where they are SLURP's scenario_action, of its two halves."""
-    right = {"intent_accuracy": [h == r for h, r in zip(hypotheses, references)]}
-    if all("_" in r for r in references):
-        for half, name in ((0, "scenario_accuracy"), (-1, "action_accuracy")):
-            right[name] = [h.split("_", 1)[half] == r.split("_", 1)[half] for h, r in zip(hypotheses, references)]
-    return {name: sum(values) / len(values) for name, values in right.items()}
+    return data.error_rates(references, hypotheses) if model.task == "asr" else data.accuracies(references, hypotheses)
 
 
 def forward_seconds(models, device, dtype, repeats=5):
-    """Median seconds of each encoder's forward on 10 s of audio, measured in turn: a noisy machine is equally so to all."""
+    """Median seconds of each encoder's forward on 10 s of audio, in turn: a noisy machine is equally so to all."""
     waveform = torch.randn(1, SAMPLES, generator=torch.Generator().manual_seed(0)).to(device)
     seconds = [[] for _ in models]
     with torch.no_grad(), precision(dtype, device):
-        for repeat in range(repeats + 1):
+        for _ in range(1 + repeats):
             for model, taken in zip(models, seconds):
                 start = time.perf_counter()
                 model.eval()(waveform)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                if repeat:  # the first is to warm up
-                    taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in seconds]
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in seconds]  # the first was to warm up
 
 
-# --- The report --------------------------------------------------------------------------------------------------------
+# --- The report ----------------------------------------------------------------------------------------------------
 
 
 def make_report(run, metrics):
     """What goes into report.json. metrics: of the pruned model."""
-    options, model, at = run.options, run.model, run.at
-    constraints, name = METHODS[options.method], TASKS[options.task]
-    encoders = {"dense": Wav2Vec2(run.dense_shape).to(run.device), "pruned": model.encoder}  # the former only to be timed
+    options, at, metric = run.options, run.at, METRICS[run.options.task]
+    encoders = {"dense": Wav2Vec2(run.dense_shape).to(run.device), "pruned": run.model.encoder}  # one to time
     costs = [cost(encoder.shape, SAMPLES) for encoder in encoders.values()]
-    dense, kept = ([constraint.measure(c) for constraint in constraints] for c in costs)
+    dense, kept = ([constraint.measure(c) for constraint in METHODS[options.method]] for c in costs)
     flags = ("task", "method", "budget", "ragged", "dtype", "seed", "data", "checkpoint")
     report = {
-        **{flag: getattr(options, flag) for flag in flags},
+        **{name: getattr(options, name) for name in flags},
         "achieved": sum(kept) / sum(dense),
         "kept": [k / d for k, d in zip(kept, dense)],
         "expected": at.expected,  # of each constrained cost, when the pruning phase ended; `kept` is what it came to
-        "converged": at.expected is None or all(abs(share - options.budget) <= CONVERGED for share in at.expected),
-        "metric": {"name": name, **{split: values[name] for split, values in metrics.items()}},
+        "converged": all(abs(share - options.budget) <= CONVERGED for share in at.expected or []),
+        "metric": {"name": metric, **{split: values[metric] for split, values in metrics.items()}},
         "metrics": {"dense": at.dense_metrics, "pruned": metrics},
         "skipped": len(run.corpus.skipped),
         "skipped_reasons": list(run.corpus.skipped),
@@ -662,34 +625,30 @@ def make_report(run, metrics):
         "processes": ranks(),
         "train_seconds": round(at.seconds, 1),
     }
-    seconds = forward_seconds(list(encoders.values()), run.device, model.dtype)
-    for (which, encoder), c, taken in zip(encoders.items(), costs, seconds):
-        report[which] = {
-            "macs": c.macs, "params": c.params, "frontend_macs": c.frontend.macs, "frontend_params": c.frontend.params,
-            "seconds": taken, "shape": encoder.shape.as_dict(),
-        }  # fmt: skip
+    seconds = forward_seconds(list(encoders.values()), run.device, run.model.dtype)
+    for (name, encoder), c, taken in zip(encoders.items(), costs, seconds):
+        front = {"frontend_macs": c.frontend.macs, "frontend_params": c.frontend.params}
+        report[name] = {"macs": c.macs, "params": c.params, **front, "seconds": taken, "shape": encoder.shape.as_dict()}
     return report
 
 
 def comparison(report):
-    """Dense against pruned, as text. The former is the model before pruning; the pruned one has been trained for longer."""
+    """Dense against pruned, as text. The former is the model before pruning; the pruned one was trained for longer."""
     dense, pruned, metrics = report["dense"], report["pruned"], report["metrics"]
-
-    def row(name, key, scale, unit, digits):
-        a, b = dense[key], pruned[key]
-        return f"{name:<28}{a / scale:>12.{digits}f} {unit:<2}{b / scale:>12.{digits}f} {unit:<2}{b / a:>10.2%}"
-
-    lines = [
-        f"{'':<28}{'dense, before':>15}{'pruned':>15}{'kept':>10}",
-        row(f"MACs ({SECONDS} s of audio)", "macs", 1e9, "G", 3),
-        row("  of the frontend", "frontend_macs", 1e9, "G", 3),
-        row("parameters", "params", 1e6, "M", 3),
-        row("  of the frontend", "frontend_params", 1e6, "M", 3),
-        row(f"forward ({SECONDS} s of audio)", "seconds", 1e-3, "ms", 1),
+    rows = [
+        (f"MACs ({SECONDS} s of audio)", "macs", 1e9, "G", 3),
+        ("  of the frontend", "frontend_macs", 1e9, "G", 3),
+        ("parameters", "params", 1e6, "M", 3),
+        ("  of the frontend", "frontend_params", 1e6, "M", 3),
+        (f"forward ({SECONDS} s of audio)", "seconds", 1e-3, "ms", 1),
     ]
+    lines = [f"{'':<28}{'dense, before':>15}{'pruned':>15}{'kept':>10}"]
+    for name, key, scale, unit, digits in rows:
+        before, after = (f"{values[key] / scale:12.{digits}f} {unit:<2}" for values in (dense, pruned))
+        lines.append(f"{name:<28}{before}{after}{pruned[key] / dense[key]:>10.2%}")
     for split, values in metrics["pruned"].items():
         for name, value in values.items():
-            before = "-" if metrics["dense"] is None else f"{metrics['dense'][split][name]:.2%}"
+            before = f"{metrics['dense'][split][name]:.2%}" if metrics["dense"] else "-"
             lines.append(f"{name.replace('_', ' ') + ', ' + split:<28}{before:>15}{value:>15.2%}")
     return "\n".join(lines)
 
@@ -701,29 +660,29 @@ def size_in_words(shape):
 
 def in_words(metrics):
     """{split: {name: value}} in a few words."""
-    values = ((split, name.replace("_", " "), value) for split, named in metrics.items() for name, value in named.items())
-    return ", ".join(f"{split} {name} {value:.2%}" for split, name, value in values)
+    named = ((split, name, value) for split, values in metrics.items() for name, value in values.items())
+    return ", ".join(f"{split} {name.replace('_', ' ')} {value:.2%}" for split, name, value in named)
 
 
-# --- State: how a run goes on after a death -----------------------------------------------------------------------------
+# --- State: how a run goes on after a death ------------------------------------------------------------------------
 
 STATE = "training.state"  # the training checkpoint in the folder of a run
-NOT_OF_THE_RUN = ("resume", "out", "device", "workers", "save_seconds", "predict", "evaluate", "describe")  # change no result
+WITHOUT_EFFECT = {"resume", "out", "device", "workers", "save_seconds", "predict", "evaluate", "describe"}  # on results
 
 
-@dataclass
+@dataclasses.dataclass
 class Progress:
     """Where a run is, and what it has found so far: plain values, which the training checkpoint holds as they are."""
 
-    dense_shape: dict  # flops.Shape of the model that the budget is of
+    dense_shape: dict  # of the model that the budget is of
     head_is_trained: bool  # so that there is something to evaluate
     phase: str = "dense"  # one of PHASES, or "done"
-    update: int = 0  # that the phase has made
+    update: int = 0  # how many the phase has made
     epoch: int = 0  # of the phase
-    group: int = 0  # of batches, one group an update, that the epoch has used
+    group: int = 0  # how many groups of batches, one group an update, the epoch has used
     seconds: float = 0.0  # of training
     dense_metrics: dict | None = None
-    expected: list | None = None  # kept part of each constrained cost when the pruning phase ended
+    expected: list | None = None  # part of each constrained cost that gates were to keep when the pruning phase ended
     too_long: int = 0  # utterances that training leaves out
     left_out: int = 0  # updates without finite gradients
     left_out_in_a_row: int = 0
@@ -732,8 +691,8 @@ class Progress:
 class Run:
     """A run: its model, and all else that the rest of it depends on.
 
-    `save` writes everything and `restored` brings it back: together they make a resumed run end, on the CPU, in the same
-    bits as one that was never stopped.
+    `save` writes everything and `restored` brings it back: together they make a resumed run end, on the CPU, in the
+    same bits as one that was never stopped.
     """
 
     def __init__(self, options, out, corpus, device, model, at):
@@ -741,6 +700,11 @@ class Run:
         model.to(device).dtype = DTYPES[options.dtype]
         self.dense_shape = Shape.from_dict(at.dense_shape)
         self.lagrangian = self.optimizer = self.clock = None
+
+    @property
+    def updates(self):
+        """How many the phase has in all."""
+        return getattr(self.options, f"{self.at.phase}_updates")
 
     def enter(self, phase):
         """Begin the next phase."""
@@ -757,13 +721,8 @@ class Run:
     def start_clock(self):
         self.clock = self.saved = time.monotonic()
 
-    def write(self, how):
-        """Call a function that writes a file, in the one process that does."""
-        if not rank():
-            how()
-
     def save(self):
-        """Write the training checkpoint: a SHA-256, and what torch.save makes of everything. All processes call it together."""
+        """Write the training checkpoint: a SHA-256, and what torch.save makes of everything. All processes call it."""
         self.saved = time.monotonic()
         if self.clock is not None:
             self.at.seconds, self.clock = self.at.seconds + self.saved - self.clock, self.saved
@@ -779,13 +738,16 @@ class Run:
                 "skipped": list(self.corpus.skipped),
                 "corpus": [self.corpus.kind, self.corpus.size],
             }
-        self.write(lambda: write_state(self.out / STATE, contents))
+        if not rank():
+            written = torch_bytes(contents)
+            write(self.out / STATE, hashlib.sha256(written).digest(), written)
 
     @classmethod
     def restored(cls, options, out, corpus, device, state):
         """The Run that a training checkpoint holds."""
         if state["corpus"] != [corpus.kind, corpus.size]:
-            raise UserError(f"{options.data}: is not the corpus that {out} began with; it now has {corpus.size} utterances")
+            now = f"it now has {corpus.size} utterances"
+            raise UserError(f"{options.data}: is not the corpus that {out} began with; {now}")
         gated = KINDS[options.method] if state["multipliers"] is not None else ()
         model = read_ours(state["model"], out / STATE).model(gated)
         run = cls(options, out, corpus, device, model, Progress(**state["at"]))
@@ -801,14 +763,8 @@ class Run:
         torch.set_rng_state(cpu)
         if cuda is not None and device.type == "cuda":
             torch.cuda.set_rng_state(cuda)
-        total = getattr(options, f"{run.at.phase}_updates")
-        log.info("%s: goes on at %s %d/%d", out, run.at.phase, run.at.update, total)
+        log.info("%s: goes on at %s %d/%d", out, run.at.phase, run.at.update, run.updates)
         return run
-
-
-def write_state(path, contents):
-    written = saved(contents)
-    write(path, hashlib.sha256(written).digest(), written)
 
 
 def read_state(out, options):
@@ -833,18 +789,18 @@ def read_state(out, options):
 
 def settings(options):
     """What a run's result depends on: its flags, after the recipe has filled them in, and the number of processes."""
-    flags = {name: value for name, value in vars(options).items() if name not in NOT_OF_THE_RUN}
+    flags = {name: value for name, value in vars(options).items() if name not in WITHOUT_EFFECT}
     return flags | {"processes": ranks()}
 
 
 def check_settings(options, state, out):
     """Refuse to go on with a run with other flags than its own."""
-    then = state["settings"]
     for name, now in settings(options).items():
-        if now != then.get(name):
-            flag = "torchrun's --nproc-per-node" if name == "processes" else f"--{name.replace('_', '-')}"
-            was = f"{out}: was started with {flag} {then.get(name)}, and cannot go on with {now}"
-            raise UserError(f"{was}; give the run's own, or another --out")
+        then = state["settings"].get(name)
+        if now != then:
+            what = "torchrun's --nproc-per-node" if name == "processes" else flag(name)
+            other = f"was started with {what} {then}, and cannot go on with {now}"
+            raise UserError(f"{out}: {other}; give the run's own, or another --out")
 
 
 @contextlib.contextmanager
@@ -859,13 +815,18 @@ def logged_to(path):
         handler.close()
 
 
-# --- Signals -----------------------------------------------------------------------------------------------------------
+# --- Signals -------------------------------------------------------------------------------------------------------
 
 stopping = []  # the signals that asked this process to stop
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. It has saved itself."""
+    """A signal, of this number, asked the run to stop. It has saved itself."""
+
+    def __init__(self, number, where):
+        name = signal.Signals(number).name
+        super().__init__(f"{name} stopped the run at {where}; the same command with --resume goes on")
+        self.number = number
 
 
 def ask_to_stop(number, frame):
@@ -875,21 +836,14 @@ def ask_to_stop(number, frame):
     stopping.append(number)
 
 
-def leave_if_asked(where="an evaluation"):
-    if stopping:
-        name = signal.Signals(stopping[0]).name
-        raise Stopped(f"{name} stopped the run at {where}; the same command with --resume goes on")
-
-
 def save_or_stop(run):
     """After an update: save where it is time, and stop where a signal has asked any process to."""
-    due = rank() == 0 and time.monotonic() - run.saved > run.options.save_seconds
-    stop, save = (any(wishes) for wishes in zip(*gather((bool(stopping), due))))
-    if stop or save:
+    asked, due = zip(*gather((stopping[:1], time.monotonic() - run.saved > run.options.save_seconds)))
+    asked = list(itertools.chain(*asked))
+    if asked or due[0]:
         run.save()
-    if stop:
-        stopping.extend([] if stopping else [signal.SIGTERM])  # it was another process that was asked
-        leave_if_asked(f"{run.at.phase} {run.at.update}/{getattr(run.options, f'{run.at.phase}_updates')}")
+    if asked:
+        raise Stopped(asked[0], f"{run.at.phase} {run.at.update}/{run.updates}")
 
 
 @contextlib.contextmanager
@@ -904,7 +858,7 @@ def stoppable():
             signal.signal(number, handler)
 
 
-# --- Many processes: torchrun starts one for each GPU -------------------------------------------------------------------
+# --- Many processes: torchrun starts one for each GPU --------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -935,13 +889,13 @@ def ranks():
 
 @contextlib.contextmanager
 def together():
-    """A context for what all processes do at once. If another one has died, this raises UserError instead of hanging."""
+    """A context for what all processes do at once. If another one has died, it raises UserError instead of hanging."""
     try:
         yield
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise UserError(
-            f"another process of this run has ended, and says why, or cannot be reached ({why});"
+            f"the processes of this run could not agree ({why}): where another process has ended, it says why;"
             " the same command with --resume goes on"
         ) from error
 

@@ -1,9 +1,9 @@
-"""wav2vec2-base from scratch: the Transformer over the frontend's features, a head for a task, and everyone's checkpoints.
+"""wav2vec2-base from scratch: the Transformer on top of the frontend, a task's head, and everyone's checkpoints.
 
     features -> + positional convolution -> LayerNorm -> 12 x [x = LN(x + attention(x)), x = LN(x + ffn(x))] -> head
 
-(Baevski et al. 2020, arXiv 2006.11477; HuBERT-base, Hsu et al. 2021, is the same network.) Not here: the pre-norm variant
-with LayerNorm in the frontend ("large-lv60"), the quantizer and the pre-training losses.
+(Baevski et al. 2020, arXiv 2006.11477; HuBERT-base, Hsu et al. 2021, is the same network.) Not here: the pre-norm
+variant with LayerNorm in the frontend ("large-lv60"), the quantizer and the pre-training losses.
 """
 
 import argparse
@@ -37,8 +37,9 @@ class Position(nn.Module):
 
     def __init__(self, width, kernel, groups):
         super().__init__()
-        self.weight_v = nn.Parameter(torch.empty(width, width // groups, kernel).normal_(std=2 / (kernel * width) ** 0.5))
-        self.weight_g = nn.Parameter(torch.linalg.vector_norm(self.weight_v.detach(), dim=(0, 1), keepdim=True))
+        weight = torch.empty(width, width // groups, kernel).normal_(std=2 / (kernel * width) ** 0.5)
+        self.weight_v = nn.Parameter(weight)
+        self.weight_g = nn.Parameter(torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True))
         self.bias = nn.Parameter(torch.zeros(width))
         self.kernel, self.groups = kernel, groups
 
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         self.gate = None
 
     def forward(self, x, mask=None):
-        """x: (batch, frames, width) -> the same. mask: (batch, 1, 1, frames) bool, true where a key is valid, or None."""
+        """x: (batch, frames, width) -> the same. mask: (batch, 1, 1, frames) bool, true for a valid key, or None."""
         if self.heads == 0:
             return self.output(x[..., :0])  # the bias
         q, k, v = (
@@ -141,26 +142,26 @@ class Wav2Vec2(nn.Module):
         self.position = Position(shape.width, shape.position_kernel, shape.position_groups)
         self.norm = nn.LayerNorm(shape.width)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(
-            Layer(shape.width, heads, shape.head_width, units, dropout) for heads, units in zip(shape.heads, shape.units)
-        )
+        self.layers = nn.ModuleList()
+        for heads, units in zip(shape.heads, shape.units):
+            self.layers.append(Layer(shape.width, heads, shape.head_width, units, dropout))
         self.layer_drop = 0.0
 
     def forward(self, waveforms, lengths=None):
         """Features of a batch of utterances, each the same alone and padded.
 
-        waveforms: (batch, samples) float32, 16 kHz, each normalised to zero mean and unit variance over its own samples.
-        lengths: (batch,) int, the samples of each utterance; what is beyond them is not read. None: all are full length.
+        waveforms: (batch, samples) float32, 16 kHz, each of zero mean and unit variance over its own samples.
+        lengths: (batch,) int, the samples of each utterance; what is beyond is not read. None: all are full length.
         Returns features (batch, frames, width), zero beyond each utterance's frames, and frames (batch,) int64.
         Raises ValueError where an utterance is too short to make a frame, or the arguments have other shapes.
         """
-        if not torch.jit.is_tracing() and not torch.compiler.is_compiling():  # what is traced cannot depend on values
+        if not torch.jit.is_tracing() and not torch.compiler.is_compiling():  # a trace cannot depend on values
             lengths = self.checked(waveforms, lengths)
         if lengths is None:
             x, gate = self.frontend(waveforms)
             frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None
         else:
-            waveforms = waveforms.masked_fill(~valid(lengths, waveforms.shape[1]), 0)  # or a NaN there would reach the gradients
+            waveforms = waveforms.masked_fill(~valid(lengths, waveforms.shape[1]), 0)  # no NaN may reach gradients
             after_first, *_, frames = self.full_shape.frames(lengths)
             x, gate = self.frontend(waveforms, after_first)
             mask = valid(frames, x.shape[1])
@@ -181,10 +182,8 @@ class Wav2Vec2(nn.Module):
         needed, samples = self.full_shape.receptive_field, waveforms.shape[1]
         shortest, longest = (samples, samples) if lengths is None else (int(lengths.min()), int(lengths.max()))
         if shortest < needed or longest > samples:
-            raise ValueError(
-                f"an utterance of {shortest} to {longest} samples: from {needed}, which make one frame, to the {samples}"
-                " of the batch are possible"
-            )
+            possible = f"from {needed}, which make one frame, to the {samples} of the batch are possible"
+            raise ValueError(f"an utterance of {shortest} to {longest} samples: {possible}")
         return None if shortest == samples else lengths.to(waveforms.device, torch.int64)
 
     @property
@@ -243,7 +242,7 @@ class SpeechModel(nn.Module):
         self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
 
     def forward(self, waveforms, lengths=None):
-        """Scores (batch, frames, labels) for asr, (batch, labels) for slu, and frames (batch,); arguments as the encoder's."""
+        """Scores (batch, frames, labels) for asr, (batch, labels) for slu; and frames (batch,). See Wav2Vec2."""
         with precision(self.dtype, waveforms.device):
             features, frames = self.encoder(waveforms, lengths)
             if self.task == "slu":
@@ -271,7 +270,7 @@ class SpeechModel(nn.Module):
         return [data.decode(units[:n]) for units, n in zip(best, frames.tolist())]
 
     def predict(self, paths):
-        """Audio files -> a list of transcripts (asr) or of intents (slu). Raises UserError where one is not readable audio."""
+        """Audio files -> a list of transcripts (asr) or of intents (slu). Raises UserError for what is no audio."""
         return [self._predict(path) for path in paths]
 
     def _predict(self, path):
@@ -286,14 +285,14 @@ def precision(dtype, device):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-# --- Checkpoints -------------------------------------------------------------------------------------------------------
+# --- Checkpoints ---------------------------------------------------------------------------------------------------
 #
-# read_checkpoint: file -> its contents (nothing in it is executed) -> our names of the tensors, and the shape -> Checkpoint.
+# read_checkpoint: a file -> its contents (nothing in it is executed) -> tensors in our names, the shape -> Checkpoint
 
 
 @dataclass
 class Checkpoint:
-    """What a file holds of a model. weights: of the encoder, and the head's where there is one, in SpeechModel's names."""
+    """What a file holds of a model. weights: in SpeechModel's names, of the encoder and of a head if any."""
 
     path: Path
     shape: Shape
@@ -303,12 +302,12 @@ class Checkpoint:
     labels: list | None = None
 
     def encoder(self):
-        """The Wav2Vec2, in evaluation mode. Raises UserError where a tensor is missing, surplus or of the wrong size."""
+        """The Wav2Vec2, in evaluation mode. Raises UserError for a missing, surplus or wrongly sized tensor."""
         weights = {key.removeprefix("encoder."): w for key, w in self.weights.items() if key.startswith("encoder.")}
         return self._filled(lambda: Wav2Vec2(self.shape, self.dense), weights)
 
     def model(self, gated=()):
-        """The SpeechModel, in evaluation mode, with gates on these kinds of units. Raises as `encoder`, and without a head."""
+        """The SpeechModel, in evaluation mode, units of these kinds gated. Raises as `encoder`, and without a head."""
         if self.task is None:
             raise UserError(f"{self.path}: holds no head for a task; give a model.pt that sslprune wrote")
 
@@ -320,7 +319,8 @@ class Checkpoint:
         return self._filled(make, self.weights)
 
     def _filled(self, make, weights):
-        if len(self.shape.channels) + len(self.shape.heads) > len(weights):  # each has several; and a million takes hours
+        """The module that make() makes, with these weights."""
+        if len(self.shape.channels) + len(self.shape.heads) > len(weights):  # each has several; a million takes hours
             raise UserError(f"{self.path}: lacks the tensors of the layers that its shape promises")
         try:
             # On "meta": no memory, no time, as every tensor is assigned below. torch warns of layers without units.
@@ -335,7 +335,7 @@ class Checkpoint:
             "lacks": [key for key in expected if key not in sizes],
             "has a wrong size for": [f"{key} {sizes[key]} instead of {expected[key]}" for key in wrong],
             "has no place for": [key for key in sizes if key not in expected],
-            "has values that are not finite in": [key for key, tensor in weights.items() if not tensor.isfinite().all()],
+            "has values that are not finite in": [key for key in weights if not weights[key].isfinite().all()],
         }
         for what, keys in problems.items():
             if keys:
@@ -347,8 +347,8 @@ class Checkpoint:
 def load_pretrained(path):
     """An encoder in evaluation mode from a checkpoint: Hugging Face, fairseq, torchaudio, or a model.pt of ours.
 
-    path: the file, or a folder that holds one. Weights become float32. What the encoder has no use for, such as a task head
-    or a quantizer, is named in the log and left out.
+    path: the file, or a folder that holds one. Weights become float32. What the encoder has no use for, such as a task
+    head or a quantizer, is named in the log and left out.
     Raises UserError where the file holds no wav2vec2-base-like model, OSError where it cannot be read.
     """
     return read_checkpoint(path).encoder()
@@ -373,18 +373,18 @@ def contents_of(model):
 
 def save_model(model, path):
     """Write a model.pt. Replaces the file in one step."""
-    write(path, saved(contents_of(model)))
+    write(path, torch_bytes(contents_of(model)))
 
 
-def saved(contents):
-    """The bytes that torch.save makes: in memory, so that a full disk is an error of `write` and not one within torch."""
+def torch_bytes(contents):
+    """The bytes that torch.save makes: in memory, so that a full disk is an error of `write` and none within torch."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     return buffer.getbuffer()
 
 
 def write(path, *parts):
-    """Write bytes to a file in one step: whole, or not at all. What was there before survives whatever happens meanwhile."""
+    """Write bytes to a file in one step, whole or not at all: what was there before survives whatever happens."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -490,11 +490,11 @@ def read_pickle(path):
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
-        why = f"holds an object of type {refused[1]}, which is not loaded" if refused else "is damaged, or not of torch.save"
-        raise UserError(f"{path}: {why}") from error
+        forbidden = refused and f"holds an object of type {refused[1]}, which is not loaded"
+        raise UserError(f"{path}: {forbidden or 'is damaged, or not of torch.save'}") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a model's weights")
-    for tensors in (contents, *(contents.get(key) for key in ("model", "weights"))):  # where the layouts have their tensors
+    for tensors in (contents, contents.get("model"), contents.get("weights")):  # where the layouts have their tensors
         for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
             if isinstance(tensor, torch.Tensor) and not _is_plain(tensor, size):
                 raise UserError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
@@ -502,7 +502,7 @@ def read_pickle(path):
 
 
 def _is_plain(tensor, size):
-    """Whether the numbers of a tensor are all in a file of `size` bytes: not sparse, quantized or repeated by strides."""
+    """Whether a tensor's numbers are all in a file of `size` bytes: not sparse, quantized or repeated by strides."""
     strided = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     return strided and not tensor.is_complex() and tensor.numel() * tensor.element_size() <= size
 
@@ -517,7 +517,7 @@ def read_ours(contents, path):
     """The Checkpoint in a model.pt that sslprune wrote."""
     try:
         shape, weights = Shape.from_dict(contents["shape"]), dict(contents["weights"])
-        if "encoder.projection.shut" not in weights:  # from when LayerNorm ran over the open channels only, as if all were
+        if "encoder.projection.shut" not in weights:  # of when LayerNorm ran over the open channels, as if over all
             contents = contents | {"dense": contents["shape"]}
             weights["encoder.projection.shut"] = torch.zeros(shape.width)
         dense = Shape.from_dict(contents["dense"])
@@ -589,18 +589,17 @@ def translate(contents, path):
         if ours is not None and isinstance(tensor, torch.Tensor):
             weights[ours] = tensor.float()
         elif INSIDE.match(str(key)):
-            raise UserError(
-                f"{path}: {_shown([key])} does not belong to wav2vec2-base or HuBERT-base; no other architecture is read"
-            )
+            other = "does not belong to wav2vec2-base or HuBERT-base; no other architecture is read"
+            raise UserError(f"{path}: {_shown([key])} {other}")
         else:
             ignored.append(str(key))
     if not weights:
         found = _shown(ignored) or "nothing"
-        raise UserError(f"{path}: holds no wav2vec2 weights of Hugging Face, fairseq, torchaudio or sslprune, but {found}")
+        raise UserError(f"{path}: holds no wav2vec2 of Hugging Face, fairseq, torchaudio or sslprune, but {found}")
     return weights, ignored
 
 
-BASE_LIKE = {  # what a config.json says of wav2vec2-base and HuBERT-base where it says anything else, it is another model
+BASE_LIKE = {  # what a config.json says of wav2vec2-base and HuBERT-base; of another model it says something else
     "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False,
     "hidden_act": "gelu", "feat_extract_activation": "gelu",
 }

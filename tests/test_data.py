@@ -114,17 +114,17 @@ def test_random_batches_differ_each_time_and_repeat_with_their_seed():
     assert first == data.batches(corpus, 20, np.random.default_rng(0))
 
 
-def test_the_loader_pads_and_leaves_out_what_it_cannot_read(tmp_path):
+def test_loading_pads_and_leaves_out_what_it_cannot_read(tmp_path):
     make_bad(tmp_path / "bad.wav", "NaN")
     good = [data.Utterance(str(n), np.random.default_rng(n).normal(size=n).astype(np.float32), n / 16_000) for n in (500, 700)]
     bad = data.Utterance("bad", tmp_path / "bad.wav", 1.0)
-    batch, waveforms, lengths, reasons = data.Loader([[good[0], bad, good[1]]])[0]
+    batch, waveforms, lengths, reasons = data.load_batch([good[0], bad, good[1]])
     assert batch == good
     assert lengths.tolist() == [500, 700]
     assert torch.equal(waveforms[0, :500], torch.from_numpy(data.waveform(good[0])))
     assert (waveforms[0, 500:] == 0).all()
     assert "bad.wav" in reasons[0]
-    assert data.Loader([[bad]])[0][:3] == ([], None, None)
+    assert data.load_batch([bad])[:3] == ([], None, None)
 
 
 # --- Text and errors ---

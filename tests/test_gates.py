@@ -183,17 +183,17 @@ def test_the_group_at_the_threshold_stays_where_feed_forward_units_can_make_room
 
 
 def test_a_group_is_as_good_as_its_middle_unit():
-    gates = {("units", layer): HardConcrete(32) for layer in (0, 1)}
+    gates = {("units", layer): HardConcrete(32) for layer in range(3)}
     with torch.no_grad():
-        for gate in gates.values():
+        for (_, layer), gate in gates.items():
             gate.log_alpha.fill_(2.0)
-        gates["units", 0].log_alpha[16:] = -3.0
+            gate.log_alpha[16:] = [-3.0, 0.0, 1.0][layer]
         gates["units", 0].log_alpha[16] = 1.9  # the best of a bad group
-        gates["units", 1].log_alpha[16:] = 0.0
-    shape = SMALL.with_counts({("units", layer): 32 for layer in (0, 1)})
+        gates["units", 2].log_alpha[31] = -9.0  # the worst of a good one
+    shape = SMALL.with_counts({place: 32 for place in gates})
     budget = cost(shape.with_counts({("units", 0): 16}), SAMPLES).macs / cost(shape, SAMPLES).macs
     harden(gates, shape, "transformer", budget)
-    assert [len(gate.kept()) for gate in gates.values()] == [16, 32]
+    assert [len(gate.kept()) for gate in gates.values()] == [16, 32, 32]
 
 
 def test_a_method_gates_what_it_says():

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from conftest import TINY, tiny
 from torch import nn
 
+import data
 from flops import SMALL
 from frontend import FirstConvolution, Projection
 from gates import KINDS, HardConcrete
-from transformer import Wav2Vec2
+from transformer import SpeechModel, Wav2Vec2
 
 KIND_SETS = [("channels",), ("heads",), ("units",), KINDS["mac"]]
 
@@ -151,6 +152,14 @@ def test_slicing_is_exact_at_every_place_alone_down_to_the_last_unit(place):
             gate[2] = -1.0  # one half-open channel is left; layers of the Transformer lose all they have
     sliced = check_slice(model)
     assert getattr(sliced.shape, place[0])[place[1]] == (1 if place[0] == "channels" else 0)
+
+
+def test_slicing_a_model_in_training_takes_the_gates_of_evaluation():
+    torch.manual_seed(0)
+    model, waveforms = tiny(KINDS["mac"], spread=2.0).train(), torch.randn(2, 6_000)
+    sliced = model.slice()
+    with torch.no_grad():
+        assert (sliced(waveforms)[0] - model.eval()(waveforms)[0]).abs().max() < 1e-5
 
 
 def test_padding_and_slicing_change_nothing_in_bfloat16_beyond_its_precision():
@@ -343,3 +352,38 @@ def test_a_gate_is_of_the_mode_of_its_model():
     assert not any(gate.training for gate in model.gates.values())
     assert all(isinstance(gate, HardConcrete) for gate in model.gates.values())
 
+
+
+# --- The head and its losses ---
+
+
+def utterances(*labels):
+    return [data.Utterance(label, None, 1.0, label.upper(), label) for label in labels]
+
+
+def test_intents_of_a_padded_batch_are_those_of_each_utterance_alone():
+    model, waveforms, lengths = SpeechModel(tiny(), "slu", ["a", "b", "c"]).eval(), torch.randn(3, 8_000), torch.tensor([8_000, 5_000, 900])
+    with torch.no_grad():
+        padded, _ = model(waveforms, lengths)
+        for scores, waveform, n in zip(padded, waveforms, lengths):
+            assert (model(waveform[None, :n])[0][0] - scores).abs().max() < 1e-5
+
+
+def test_the_loss_of_ctc_is_the_mean_over_utterances_of_the_loss_per_character():
+    model, waveforms, lengths = SpeechModel(tiny(), "asr", data.VOCABULARY).eval(), torch.randn(2, 9_000), torch.tensor([9_000, 6_000])
+    batch, by_hand = utterances("no", "so long"), []
+    with torch.no_grad():
+        for utterance, waveform, n in zip(batch, waveforms, lengths):
+            scores, frames = model(waveform[None, :n])
+            target = torch.tensor([data.VOCABULARY.index("|" if c == " " else c) for c in utterance.text])
+            loss = F.ctc_loss(scores[0].log_softmax(1), target, frames[0], torch.tensor(len(target)), reduction="sum")
+            by_hand.append(loss.item() / len(target))
+        assert model.loss(waveforms, lengths, batch).item() == pytest.approx(sum(by_hand) / 2, rel=1e-4)
+
+
+def test_the_loss_of_intents_is_their_mean_cross_entropy():
+    model, waveforms = SpeechModel(tiny(), "slu", ["a", "b", "c"]).eval(), torch.randn(2, 4_000)
+    with torch.no_grad():
+        probabilities = model(waveforms)[0].softmax(1)
+        by_hand = -(probabilities[0, 2].log() + probabilities[1, 1].log()) / 2
+        assert model.loss(waveforms, None, utterances("c", "b")).item() == pytest.approx(by_hand.item(), rel=1e-5)

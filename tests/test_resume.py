@@ -1,13 +1,13 @@
 """What a run survives: death at any moment, signals, many processes, numbers that are not finite, a disk that fills up."""
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,7 +234,7 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
     )
     result = torchrun(tmp_path, 2, "--task", "asr", "--budget", "0.8", *FAST, "--out", tmp_path / "run", code=dying)
     assert result.returncode != 0
-    assert "sslprune: another process of this run has ended" in result.stderr
+    assert re.search(r"sslprune: the processes of this run could not agree \(.+\): where another process has ended", result.stderr)
     assert 'sslprune.py", line' not in result.stderr
 
 
@@ -266,7 +266,8 @@ def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, cap
     assert min(counts) in (1, 2) or all(len(batches) % 3 == 0 for batches in together)
 
 
-def test_accumulated_gradients_are_those_of_the_mean_over_batches():
+def test_accumulated_gradients_are_those_of_the_mean_over_batches(monkeypatch):
+    monkeypatch.setattr(sslprune, "CLIP", math.inf)
     model = sslprune.SpeechModel(tiny(), "slu", ["a", "b"])
     weights = list(model.parameters())
     waveforms, batch = torch.randn(2, 4_000), [data.Utterance("", None, 0.25, "", intent) for intent in "ab"]
@@ -277,10 +278,26 @@ def test_accumulated_gradients_are_those_of_the_mean_over_batches():
         parts.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights])
     for p, a, b in zip(weights, *parts):
         p.grad = a + b
-    norm = torch.linalg.vector_norm(torch.stack([(a + b).norm() / 2 for a, b in zip(*parts)]))
     sslprune.step(torch.optim.SGD(weights, lr=0.0), 1.0, 2, sslprune.Progress({}, False))
     for p, a, b in zip(weights, *parts):
-        assert torch.allclose(p.grad, (a + b) / 2 * min(1, sslprune.CLIP / (norm + 1e-6)), atol=1e-7)
+        assert torch.allclose(p.grad, (a + b) / 2, atol=1e-7)
+
+
+def test_the_gradients_of_weights_are_clipped_and_those_of_gates_are_not():
+    model = sslprune.SpeechModel(tiny(KINDS["mac"]), "slu", ["a", "b"])
+    lagrangian = Lagrangian(TINY, "mac", 0.5)
+    optimizer = sslprune.make_optimizer(model, lagrangian, 0.0)
+    weights, gates, multipliers = (group["params"] for group in optimizer.param_groups)
+    for size, params in ((0.1, weights), (7.0, gates), (3.0, multipliers)):
+        for p in params:
+            p.grad = torch.full_like(p, size)
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in weights])).item()
+    optimizer.param_groups[0]["lr"] = 0.0
+    sslprune.step(optimizer, 1.0, 1, sslprune.Progress({}, False))
+    assert norm > 2 * sslprune.CLIP
+    assert all(torch.allclose(p.grad, torch.tensor(0.1 * sslprune.CLIP / norm)) for p in weights)
+    assert all((p.grad == 7).all() for p in gates)
+    assert (multipliers[0].grad == 3).all()
 
 
 # --- Numbers that are not finite ---
@@ -355,7 +372,7 @@ def test_a_constraint_that_has_not_converged_is_reported_with_what_to_change(sma
     options = sslprune.parse(["--task", "slu", "--budget", "0.8"])
     capsys.readouterr()
     for share, then in ((0.79, ""), (0.83, "shuts what training kept"), (0.77, "keeps what training shut")):
-        sslprune.warn_unless_converged(SimpleNamespace(options=options, at=SimpleNamespace(expected=[share])))
+        sslprune.warn_unless_converged(options, [share])
         printed = capsys.readouterr().out
         assert then in printed
         assert bool(printed) == bool(then) == ("Give more --prune-updates, or a larger --gate-lr" in printed)

@@ -206,6 +206,15 @@ def test_each_phase_trains(small, capsys, tmp_path):
     assert not any(torch.equal(a, b) for i, a in enumerate(heads) for b in heads[:i])
 
 
+@pytest.mark.parametrize("budget", ["0.9", "1.0"])
+def test_every_phase_trains_in_training_mode_for_its_updates(small, capsys, monkeypatch, tmp_path, budget):
+    seen, loss = [], sslprune.SpeechModel.loss
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", lambda self, *a: seen.append({m.training for m in self.modules()}) or loss(self, *a))
+    updates = ["--dense-updates", "2", "--prune-updates", "3", "--finetune-updates", "4"]
+    assert run(capsys, "--task", "asr", "--budget", budget, "--out", tmp_path / "run", *updates)[0] == 0
+    assert seen == [{True}] * 9
+
+
 def test_ctc_from_scratch_begins_with_the_shortest_utterances(small, capsys, monkeypatch, tmp_path):
     seen, load_batches = [], sslprune.load_batches
     monkeypatch.setattr(sslprune, "load_batches", lambda *a: seen.append([b[0].seconds for b in a[0]]) or load_batches(*a))
