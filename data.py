@@ -47,7 +47,7 @@ class Corpus:
     test: list = field(default_factory=list)
     size: int = 0  # utterances, the skipped ones among them
     skip_bad: bool = False
-    skipped: dict = field(default_factory=dict)  # the reasons, in order, each naming its file; the values mean nothing
+    skipped: dict = field(default_factory=dict)  # the reasons, each naming its file; a dict serves as an ordered set
 
     def skip(self, reason):
         """Leave something out, for a reason that names it. It may quote any file, so nothing but text is shown."""
@@ -278,7 +278,7 @@ def pad(waveforms):
 JITTER = 0.1  # of the lengths by which batches are formed
 
 
-def epoch(utterances, corpus, frames, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
+def training_batches(utterances, corpus, frames, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
     """The batches of one epoch of training, in random order; utterances that cannot be trained on are skipped.
 
     frames: a function from samples to the frames that the model makes of them. ctc: whether the transcript must fit in.
@@ -295,7 +295,7 @@ def epoch(utterances, corpus, frames, ctc, speed_perturbation, batch_seconds, rn
 
 
 def usable(utterances, corpus, frames, ctc):
-    """The utterances that fit; the others are skipped. Arguments as for `epoch`."""
+    """The utterances that fit; the others are skipped. Arguments as for `training_batches`."""
     kept = []
     for u in utterances:
         if fits(u, frames, ctc):

@@ -173,7 +173,7 @@ def cost(shape, samples):
     gains = kernel  # weight norm has one for each tap
     position = Part(shape.position_frames(frames) * weights, weights + gains + width + layer_norm)
 
-    biases_and_norms = len(shape.heads) * (width + layer_norm)  # of the output, which a layer that lost all keeps
+    biases_and_norms = len(shape.heads) * (width + layer_norm)  # of the output: stay even where all is lost
     features = sum(shape.heads) * shape.head_width
     attention_linear = Part(4 * frames * width * features, (4 * width + 3) * features + biases_and_norms)
     attention_product = Part(2 * frames * frames * features, 0)

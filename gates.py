@@ -91,7 +91,7 @@ METHODS = {
     "size": [Constraint("parameters", attrgetter("params"), ("channels", "heads", "units"))],
     "sepsize": [
         Constraint("frontend parameters", attrgetter("frontend.params"), ("channels",)),
-        Constraint("other parameters", lambda cost: cost.params - cost.frontend.params, ("heads", "units")),
+        Constraint("other parameters", lambda c: c.params - c.frontend.params, ("heads", "units")),
     ],
     "transformer": [Constraint("MACs", attrgetter("macs"), ("heads", "units"))],
 }
@@ -177,28 +177,28 @@ def counts_to_keep(gates, share, budget, ragged):
     """How many units to keep, {place: count}. share: a function from such counts to their part of the dense cost."""
     groups, counts = unit_groups(gates, ragged), {place: fewest(place) for place in gates}
 
-    def fits(groups):
-        return share(counts | dict(groups)) <= budget
+    def fits(chosen):
+        return share(counts | dict(chosen)) <= budget
 
-    def keep(groups):
-        for place, count in groups:
+    def keep(chosen):
+        for place, count in chosen:
             if counts[place] < count and fits([(place, count)]):
                 counts[place] = count
 
-    def threshold():
-        """How many of the groups, the best ones, fit together."""
+    def above_threshold():
+        """How many of the groups, the best ones, fit together; the threshold falls on the next one."""
         return bisect.bisect(range(len(groups)), 0, key=lambda last: not fits(groups[: last + 1]))
 
-    best = threshold()
+    best = above_threshold()
     fine = [place for place in gates if place[0] == "units"]
-    if not fine:  # the last convolution's channels are the next finest, and the group at the threshold is taken apart
+    if not fine:  # the units of the last place are the next finest, and the group at the threshold is taken apart
         fine = list(gates)[-1:]
         for place, count in groups[best : best + 1]:
             kept = dict(groups[:best]).get(place, counts[place])
             groups[best : best + 1] = [(place, n) for n in range(kept + 1, count + 1)]
-        best = threshold()
-    coarse = [[group for group in groups[:end] if group[0] not in fine] for end in (best + 1, best)]
-    keep(next(filter(fits, coarse)))  # with the group at the threshold if fine units can make room for it, else without
+        best = above_threshold()
+    without, with_next = ([group for group in groups[:end] if group[0] not in fine] for end in (best, best + 1))
+    keep(with_next if fits(with_next) else without)  # fine units make room for the group at the threshold if they can
     keep(group for group in groups if group[0] in fine)
     for places in (fine, gates):  # single units, where whole groups leave too much
         if ragged or budget - share(counts) > TOLERANCE:

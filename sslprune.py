@@ -89,10 +89,9 @@ def main(arguments=None):
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = parse(arguments)
     try:
-        for command in (predict, evaluate_model, describe):
-            if getattr(options, command.__name__.partition("_")[0]) is not None:
-                return command(options)
-        return train_and_prune(options)
+        commands = {"predict": predict, "evaluate": evaluate_model, "describe": describe}
+        chosen = [command for name, command in commands.items() if getattr(options, name) is not None]
+        return (chosen or [train_and_prune])[0](options)
     except (UserError, OSError) as error:
         return refuse(error)
     except Stopped as stopped:
@@ -160,7 +159,7 @@ def parse(arguments):
     add("--accumulate", type=number(int, 1, 10**6), default=1, metavar="N", help="batches per update and process")
     add("--workers", type=count, metavar="N", help="processes that load audio (default: 4 with a GPU, else 0)")
     add = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)").add_argument
-    types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds}
+    types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds, "perturbation": number(float, 0, 0.5)}
     for name in RECIPES["small"]:
         add(flag(name), type=types.get(name.rpartition("_")[2], fraction), metavar="N")
     options = parser.parse_args(arguments)
@@ -176,7 +175,7 @@ def check_combination(options, parser):
     """End the program where flags do not go together."""
     used_with = {
         "predict": {"device", "dtype"},
-        "evaluate": {"device", "dtype", "task", "data", *SPLITS, "seed", "skip_bad", "batch_seconds"},
+        "evaluate": {"device", "dtype", "task", "data", *SPLITS, "skip_bad", "batch_seconds"},
         "describe": set(),
     }
     command = next((name for name in used_with if getattr(options, name) is not None), None)
@@ -247,25 +246,25 @@ def train_and_prune(options):
 
 def go_through_phases(run):
     """Train, prune, harden, slice, fine-tune and report, from where the run is."""
-    options, model, at = run.options, run.model, run.at
-    log.info("%s  seed %d  %s  %s", run.device, options.seed, options.data, size_in_words(run.dense_shape))
-    if at.phase == "dense":
+    options, model, progress = run.options, run.model, run.progress
+    log.info("%s  seed %d  %s  %s", run.device, options.seed, options.data, size_in_words(run.start_shape))
+    if progress.phase == "dense":
         if options.dense_updates:
             train(run)
             if not rank():
                 save_model(model, run.out / "dense.pt")
-            at.head_is_trained = True
-        if at.head_is_trained:
-            at.dense_metrics = evaluate_all(run)
-            log.info("dense: %s", in_words(at.dense_metrics))
+            progress.head_is_trained = True
+        if progress.head_is_trained:
+            progress.dense_metrics = evaluate_all(run)
+            log.info("dense: %s", in_words(progress.dense_metrics))
         run.enter("prune")
 
-    if at.phase == "prune":
+    if progress.phase == "prune":
         train(run)
         if run.lagrangian:
-            at.expected = (1 - run.lagrangian.sparsity(model.encoder.gates)).tolist()
-            warn_unless_converged(options, at.expected)
-            harden(model.encoder.gates, run.dense_shape, options.method, options.budget, options.ragged)
+            progress.expected = (1 - run.lagrangian.sparsity(model.encoder.gates)).tolist()
+            warn_unless_converged(options, progress.expected)
+            harden(model.encoder.gates, run.start_shape, options.method, options.budget, options.ragged)
             model.encoder = model.encoder.slice()
             log.info("hardened and sliced: %s", size_in_words(model.encoder.shape))
         run.enter("finetune")
@@ -277,7 +276,7 @@ def go_through_phases(run):
     if not rank():
         report = make_report(run, metrics)
         write(run.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-        log.info("\n%s\n\n%s\n", picture(model.encoder.shape, run.dense_shape), comparison(report))
+        log.info("\n%s\n\n%s\n", picture(model.encoder.shape, run.start_shape), comparison(report))
     run.enter("done")
 
 
@@ -292,13 +291,13 @@ def prepare(options, device):
     state, checkpoint = read_state(out, options), None
     if options.checkpoint is not None and not state:
         checkpoint = read_checkpoint(options.checkpoint)
-    shape = Shape.from_dict(state["at"]["dense_shape"]) if state else checkpoint.shape if checkpoint else SMALL
+    shape = Shape.from_dict(state["progress"]["start_shape"]) if state else checkpoint.shape if checkpoint else SMALL
     fill_recipe(options, shape)
     if options.budget < 1:
         check_budget(shape, options.method, options.budget)
     if state:
         check_settings(options, state, out)
-        if state["at"]["phase"] == "done":
+        if state["progress"]["phase"] == "done":
             log.info("%s: has run to its end; nothing is left to do", out)
             return None
     corpus = open_corpus(options, options.task, ("train", *SPLITS))
@@ -349,9 +348,11 @@ def usable_device(name):
     """The torch.device of this name; of None, a GPU where there is one."""
     try:
         if name in (None, "cuda"):
-            number = os.environ.get("LOCAL_RANK", "0")  # which torchrun sets
-            name = f"cuda:{number}" if name or torch.cuda.is_available() else "cpu"
+            local_rank = os.environ.get("LOCAL_RANK", "0")  # which torchrun sets
+            name = f"cuda:{local_rank}" if name or torch.cuda.is_available() else "cpu"
         device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # random states and synchronisation are the current device's
         torch.zeros(1, device=device, dtype=torch.float64).item()  # counts and the first GroupNorm need float64
     except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
         why = str(error).splitlines()[0].split(". ")[0]
@@ -364,19 +365,20 @@ def usable_device(name):
 
 def train(run):
     """Train to the end of the phase: min over weights and gates, max over multipliers, of the task's loss + penalty."""
-    options, model, at, lagrangian = run.options, run.model, run.at, run.lagrangian
-    encoder, updates = model.encoder, run.updates
+    options, model, lagrangian = run.options, run.model, run.lagrangian
+    encoder, progress, updates = model.encoder, run.progress, run.updates
     optimizer = run.optimizer = run.optimizer or make_optimizer(model, lagrangian, options.gate_lr)
     encoder.layer_drop = options.layer_drop
     encoder.projection.time_mask, encoder.projection.channel_mask = options.time_mask, options.channel_mask
     model.train()
     run.start_clock()
     announce(run)
-    show = countdown(at.phase, updates, at.update)
-    while at.update < updates:
+    show = countdown(progress.phase, updates, progress.update)
+    while progress.update < updates:
         for batches in epoch(run):
-            optimizer.param_groups[0]["lr"] = getattr(options, f"{at.phase}_lr") * tri_stage(at.update / updates)
-            warmup = min(1, at.update / max(1, options.warmup_share * updates))
+            done = progress.update / updates  # of the phase
+            optimizer.param_groups[0]["lr"] = getattr(options, f"{progress.phase}_lr") * tri_stage(done)
+            warmup = min(1, progress.update / max(1, options.warmup_share * updates))  # of the target
             optimizer.zero_grad(set_to_none=False)
             losses = []
             for utterances, waveforms, lengths in batches:
@@ -384,24 +386,25 @@ def train(run):
                 penalty = lagrangian(encoder.gates, warmup) if lagrangian else 0
                 (loss + penalty).backward()
                 losses.append(loss.detach())
-            loss, count = add_up_gradients(optimizer, losses, run.device)
-            if count:
-                step(optimizer, loss, count, at)
-            show(at.update, lambda: f"  loss {loss:.3f}{kept_in_words(run)}")
-            save_or_stop(run)
+            loss, asked = mean_gradients(run, losses)
+            if loss is not None:
+                progress.update += 1
+                step(optimizer, loss, progress)
+                show(progress.update, lambda: f"  loss {loss:.3f}{kept_in_words(run)}")
+            save_or_stop(run, asked)
     run.save()
 
 
 def announce(run):
     """Say which phase begins, and what the budget is of."""
-    options, phase = run.options, run.at.phase
+    options, phase = run.options, run.progress.phase
     phases = [name for name in PHASES if getattr(options, f"{name}_updates")]
     if phase in phases:
         what = PHASES[phase] if phase == "dense" or options.budget < 1 else "train the dense model on, without gates"
         log.info("phase %d of %d, %s: %s", phases.index(phase) + 1, len(phases), phase, what)
     if run.lagrangian:
-        whole = cost(run.dense_shape, SAMPLES)
-        whose = "the dense model's" if run.dense_shape == run.model.encoder.dense else "the already pruned checkpoint's"
+        whole = cost(run.start_shape, SAMPLES)
+        whose = "the dense model's" if run.start_shape == run.model.encoder.dense else "the already pruned checkpoint's"
         for constraint in METHODS[options.method]:
             log.info("budget: %g of %s %s %s", options.budget, whose, f"{constraint.measure(whole):,}", constraint.name)
 
@@ -412,37 +415,40 @@ def epoch(run):
     An epoch's batches follow from the seed, the phase and its number. An update takes the next few: one for each
     process, `accumulate` times. It depends on their number in all, and not on where each was computed.
     """
-    options, model, corpus, at = run.options, run.model, run.corpus, run.at
-    rng = np.random.default_rng([options.seed, *at.phase.encode(), at.epoch])
+    options, model, corpus, progress = run.options, run.model, run.corpus, run.progress
+    rng = np.random.default_rng([options.seed, *progress.phase.encode(), progress.epoch])
     short_enough = [u for u in corpus.train if u.seconds <= options.max_seconds]
-    at.too_long = len(corpus.train) - len(short_enough)
+    progress.too_long = len(corpus.train) - len(short_enough)
     # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
-    shortest_first = at.phase == "dense" and at.epoch == 0 and model.task == "asr"
-    batches = data.epoch(
+    shortest_first = progress.phase == "dense" and progress.epoch == 0 and model.task == "asr"
+    batches = data.training_batches(
         short_enough, corpus, frames_of(model), model.task == "asr",
         options.speed_perturbation, options.batch_seconds, rng, shortest_first,
     )  # fmt: skip
-    size, before = ranks() * options.accumulate, (at.update, at.group)
-    groups = [batches[i : i + size][rank() :: ranks()] for i in range(0, len(batches), size)][at.group :]
+    size, first_update, from_start = ranks() * options.accumulate, progress.update, progress.groups_used == 0
+    groups = [batches[i : i + size][rank() :: ranks()] for i in range(0, len(batches), size)][progress.groups_used :]
     loaded = load_batches(list(itertools.chain(*groups)), corpus, options.workers, run.device)
     for group in groups:
-        if at.update == run.updates:
+        if progress.update == run.updates:
             break
-        at.group += 1
+        progress.groups_used += 1
         yield [batch for batch in itertools.islice(loaded, len(group)) if batch[0]]
     share_skipped(corpus)
     corpus.check()
-    if before == (at.update, 0):
+    if from_start and progress.update == first_update:
         raise UserError("no utterance of the training split could be read, or none is short enough for --max-seconds")
-    at.epoch, at.group = at.epoch + 1, 0
+    progress.epoch, progress.groups_used = progress.epoch + 1, 0
 
 
 def load_batches(batches, corpus, workers, device):
     """An iterator over (utterances, waveforms, lengths) of these batches; what cannot be read is skipped."""
     if workers is None:
         workers = 4 if device.type == "cuda" else 0
-    own = torch.Generator()  # or the iterator would draw from the global one, and a resumed epoch has one iterator more
-    for *batch, bad in DataLoader(batches, None, collate_fn=data.load_batch, num_workers=workers, generator=own):
+    own = torch.Generator()  # or it would draw from the global one, and a resumed epoch has one iterator more
+    loader = DataLoader(batches, None, collate_fn=data.load_batch, num_workers=workers, generator=own)
+    with signals_blocked():
+        loaded = iter(loader)
+    for *batch, bad in loaded:
         for reason in bad:
             corpus.skip(reason)
         yield batch
@@ -465,12 +471,12 @@ def tri_stage(done):
 def make_optimizer(model, lagrangian, gate_lr):
     """Adam over the weights and, where there is a Lagrangian, over the gates and its multipliers; the latter ascend.
 
-    The rate of gates and multipliers is constant. Were it to fall with the weights', multipliers that grew while the
-    target was out of reach could not come down again before the phase ends, and gates would be shut beyond the budget.
-    Nor have they momentum (the first of GATE_BETAS): they answer each other, and its lag makes the expected cost swing
-    about the budget (Gidel et al. 2019, arXiv 1807.04740). The second is small since their gradients vanish as the
-    budget is met: a long memory of large ones is a lag too. It was tried in phases of some hundred updates, not in
-    base's 40,000.
+    The rate of gates and multipliers is constant. If it fell with the weights' rate, multipliers that grew while the
+    target was out of reach could not come down before the phase ends, and gates would be shut beyond the budget. They
+    have no momentum (the first of GATE_BETAS): they answer each other, and its lag makes the expected cost swing about
+    the budget (Gidel et al. 2019, arXiv 1807.04740). The second beta is small since their gradients vanish as the
+    budget is met: a long memory of large ones is a lag too. All this was tried in phases of some hundred updates, not
+    in base's 40,000.
     """
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
     groups = [{"params": weights, "betas": BETAS}]
@@ -484,34 +490,39 @@ def make_optimizer(model, lagrangian, gate_lr):
     return torch.optim.Adam(groups)
 
 
-def add_up_gradients(optimizer, losses, device):
-    """Sum the gradients over all processes. Returns the mean loss of their batches, and how many there are."""
-    total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64, device=device)
-    add_up([total, *(p.grad for group in optimizer.param_groups for p in group["params"])])
-    loss, count = total.tolist()
-    return loss / max(1, count), count
+def mean_gradients(run, losses):
+    """Let all processes have the mean gradients of their batches. losses: of this process's batches.
 
-
-def step(optimizer, loss, count, at):
-    """Make the update that the summed gradients of `count` batches ask for; leave it out where they are not finite."""
-    weights, *others = (group["params"] for group in optimizer.param_groups)
-    others = list(itertools.chain(*others))
+    Returns the mean loss, None where no process had a batch, and what any of them was asked: to stop, to save.
+    """
+    gradients = [p.grad for group in run.optimizer.param_groups for p in group["params"]]
+    due = not rank() and time.monotonic() - run.saved > run.options.save_seconds
+    sums = [sum(losses), len(losses), len(stopping), due]
+    sums = torch.tensor(sums, dtype=torch.float64, device=run.device)
+    add_up([sums, *gradients])
+    loss, count, stop, save = sums.tolist()
     if count > 1:
-        for p in weights + others:
-            p.grad /= count
-    norms = nn.utils.clip_grad_norm_(weights, CLIP).item(), nn.utils.get_total_norm([p.grad for p in others]).item()
-    at.update += 1
+        for gradient in gradients:
+            gradient /= count
+    return loss / count if count else None, (bool(stop), bool(save))
+
+
+def step(optimizer, loss, progress):
+    """Make the update that the gradients ask for, or leave it out where they are not finite."""
+    weights, *others = (group["params"] for group in optimizer.param_groups)
+    others = [p.grad for p in itertools.chain(*others)]
+    norms = nn.utils.clip_grad_norm_(weights, CLIP).item(), nn.utils.get_total_norm(others).item()
     if math.isfinite(loss) and all(map(math.isfinite, norms)):
         optimizer.step()
-        at.left_out_in_a_row = 0
+        progress.left_out_in_a_row = 0
         return
-    at.left_out += 1
-    at.left_out_in_a_row += 1
-    log.warning("update %d left out: its loss is %g, the norm of its gradients %g and %g", at.update, loss, *norms)
-    if at.left_out_in_a_row == IN_A_ROW:
+    progress.left_out += 1
+    progress.left_out_in_a_row += 1
+    log.warning("update %d left out: loss %g, norms of gradients %g and %g", progress.update, loss, *norms)
+    if progress.left_out_in_a_row == IN_A_ROW:
         raise UserError(
             f"{IN_A_ROW} updates in a row had no finite loss or gradient (loss {loss:g}, gradient {norms[0]:g});"
-            f" start anew with a smaller --{at.phase}-lr or --gate-lr, or with --dtype float32"
+            f" start anew with a smaller --{progress.phase}-lr or --gate-lr, or with --dtype float32"
         )
 
 
@@ -585,7 +596,7 @@ def evaluate(model, corpus, split, batch_seconds):
 
 
 def forward_seconds(models, device, dtype, repeats=5):
-    """Median seconds of each encoder's forward on 10 s of audio, in turn: a noisy machine is equally so to all."""
+    """Median seconds of each encoder's forward on 10 s of audio, in turn, so that a noisy machine slows all alike."""
     waveform = torch.randn(1, SAMPLES, generator=torch.Generator().manual_seed(0)).to(device)
     seconds = [[] for _ in models]
     with torch.no_grad(), precision(dtype, device):
@@ -604,8 +615,8 @@ def forward_seconds(models, device, dtype, repeats=5):
 
 def make_report(run, metrics):
     """What goes into report.json. metrics: of the pruned model."""
-    options, at, metric = run.options, run.at, METRICS[run.options.task]
-    encoders = {"dense": Wav2Vec2(run.dense_shape).to(run.device), "pruned": run.model.encoder}  # one to time
+    options, progress, metric = run.options, run.progress, METRICS[run.options.task]
+    encoders = {"dense": Wav2Vec2(run.start_shape).to(run.device), "pruned": run.model.encoder}
     costs = [cost(encoder.shape, SAMPLES) for encoder in encoders.values()]
     dense, kept = ([constraint.measure(c) for constraint in METHODS[options.method]] for c in costs)
     flags = ("task", "method", "budget", "ragged", "dtype", "seed", "data", "checkpoint")
@@ -613,17 +624,17 @@ def make_report(run, metrics):
         **{name: getattr(options, name) for name in flags},
         "achieved": sum(kept) / sum(dense),
         "kept": [k / d for k, d in zip(kept, dense)],
-        "expected": at.expected,  # of each constrained cost, when the pruning phase ended; `kept` is what it came to
-        "converged": all(abs(share - options.budget) <= CONVERGED for share in at.expected or []),
+        "expected": progress.expected,  # of each constrained cost, when the pruning phase ended; `kept` came of it
+        "converged": all(abs(share - options.budget) <= CONVERGED for share in progress.expected or []),
         "metric": {"name": metric, **{split: values[metric] for split, values in metrics.items()}},
-        "metrics": {"dense": at.dense_metrics, "pruned": metrics},
+        "metrics": {"dense": progress.dense_metrics, "pruned": metrics},
         "skipped": len(run.corpus.skipped),
         "skipped_reasons": list(run.corpus.skipped),
-        "too_long": at.too_long,  # utterances over --max-seconds, which training left out
+        "too_long": progress.too_long,  # utterances over --max-seconds, which training left out
         "updates": {phase: getattr(options, f"{phase}_updates") for phase in PHASES},
-        "updates_left_out": at.left_out,
+        "updates_left_out": progress.left_out,
         "processes": ranks(),
-        "train_seconds": round(at.seconds, 1),
+        "train_seconds": round(progress.seconds, 1),
     }
     seconds = forward_seconds(list(encoders.values()), run.device, run.model.dtype)
     for (name, encoder), c, taken in zip(encoders.items(), costs, seconds):
@@ -667,19 +678,19 @@ def in_words(metrics):
 # --- State: how a run goes on after a death ------------------------------------------------------------------------
 
 STATE = "training.state"  # the training checkpoint in the folder of a run
-WITHOUT_EFFECT = {"resume", "out", "device", "workers", "save_seconds", "predict", "evaluate", "describe"}  # on results
+NO_EFFECT_ON_RESULTS = {"resume", "out", "device", "workers", "save_seconds", "predict", "evaluate", "describe"}
 
 
 @dataclasses.dataclass
 class Progress:
     """Where a run is, and what it has found so far: plain values, which the training checkpoint holds as they are."""
 
-    dense_shape: dict  # of the model that the budget is of
+    start_shape: dict  # of the model that the budget is of
     head_is_trained: bool  # so that there is something to evaluate
     phase: str = "dense"  # one of PHASES, or "done"
     update: int = 0  # how many the phase has made
     epoch: int = 0  # of the phase
-    group: int = 0  # how many groups of batches, one group an update, the epoch has used
+    groups_used: int = 0  # of the epoch's batches, one group an update
     seconds: float = 0.0  # of training
     dense_metrics: dict | None = None
     expected: list | None = None  # part of each constrained cost that gates were to keep when the pruning phase ended
@@ -695,20 +706,23 @@ class Run:
     same bits as one that was never stopped.
     """
 
-    def __init__(self, options, out, corpus, device, model, at):
-        self.options, self.out, self.corpus, self.device, self.model, self.at = options, out, corpus, device, model, at
+    def __init__(self, options, out, corpus, device, model, progress):
+        self.options, self.out, self.corpus, self.device = options, out, corpus, device
+        self.model, self.progress = model, progress
         model.to(device).dtype = DTYPES[options.dtype]
-        self.dense_shape = Shape.from_dict(at.dense_shape)
+        self.start_shape = Shape.from_dict(progress.start_shape)
         self.lagrangian = self.optimizer = self.clock = None
 
     @property
     def updates(self):
         """How many the phase has in all."""
-        return getattr(self.options, f"{self.at.phase}_updates")
+        return getattr(self.options, f"{self.progress.phase}_updates")
 
     def enter(self, phase):
         """Begin the next phase."""
-        self.at.phase, self.at.update, self.at.epoch, self.at.group, self.at.left_out_in_a_row = phase, 0, 0, 0, 0
+        for name in ("update", "epoch", "groups_used", "left_out_in_a_row"):
+            setattr(self.progress, name, 0)
+        self.progress.phase = phase
         self.optimizer = self.lagrangian = self.clock = None
         if phase == "prune" and self.options.budget < 1:
             self.model.encoder.add_gates(KINDS[self.options.method])
@@ -716,7 +730,7 @@ class Run:
         self.save()
 
     def add_lagrangian(self):
-        self.lagrangian = Lagrangian(self.dense_shape, self.options.method, self.options.budget).to(self.device)
+        self.lagrangian = Lagrangian(self.start_shape, self.options.method, self.options.budget).to(self.device)
 
     def start_clock(self):
         self.clock = self.saved = time.monotonic()
@@ -725,11 +739,13 @@ class Run:
         """Write the training checkpoint: a SHA-256, and what torch.save makes of everything. All processes call it."""
         self.saved = time.monotonic()
         if self.clock is not None:
-            self.at.seconds, self.clock = self.at.seconds + self.saved - self.clock, self.saved
+            self.progress.seconds, self.clock = self.progress.seconds + self.saved - self.clock, self.saved
         share_skipped(self.corpus)
         random = gather((torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None))
-        contents = {"settings": settings(self.options), "at": dataclasses.asdict(self.at)}
-        if self.at.phase != "done":
+        if rank():
+            return
+        contents = {"settings": settings(self.options), "progress": dataclasses.asdict(self.progress)}
+        if self.progress.phase != "done":
             contents |= {
                 "model": contents_of(self.model),
                 "multipliers": self.lagrangian and self.lagrangian.multipliers.detach(),
@@ -738,9 +754,8 @@ class Run:
                 "skipped": list(self.corpus.skipped),
                 "corpus": [self.corpus.kind, self.corpus.size],
             }
-        if not rank():
-            written = torch_bytes(contents)
-            write(self.out / STATE, hashlib.sha256(written).digest(), written)
+        written = torch_bytes(contents)
+        write(self.out / STATE, hashlib.sha256(written).digest(), written)
 
     @classmethod
     def restored(cls, options, out, corpus, device, state):
@@ -748,12 +763,12 @@ class Run:
         if state["corpus"] != [corpus.kind, corpus.size]:
             now = f"it now has {corpus.size} utterances"
             raise UserError(f"{options.data}: is not the corpus that {out} began with; {now}")
-        gated = KINDS[options.method] if state["multipliers"] is not None else ()
-        model = read_ours(state["model"], out / STATE).model(gated)
-        run = cls(options, out, corpus, device, model, Progress(**state["at"]))
+        kinds = KINDS[options.method] if state["multipliers"] is not None else ()
+        model = read_ours(state["model"], out / STATE).model(kinds)
+        run = cls(options, out, corpus, device, model, Progress(**state["progress"]))
         for reason in state["skipped"]:
             corpus.skip(reason)
-        if gated:
+        if kinds:
             run.add_lagrangian()
             run.lagrangian.multipliers.data.copy_(state["multipliers"])
         if state["optimizer"]:
@@ -763,7 +778,7 @@ class Run:
         torch.set_rng_state(cpu)
         if cuda is not None and device.type == "cuda":
             torch.cuda.set_rng_state(cuda)
-        log.info("%s: goes on at %s %d/%d", out, run.at.phase, run.at.update, run.updates)
+        log.info("%s: goes on at %s %d/%d", out, run.progress.phase, run.progress.update, run.updates)
         return run
 
 
@@ -789,7 +804,7 @@ def read_state(out, options):
 
 def settings(options):
     """What a run's result depends on: its flags, after the recipe has filled them in, and the number of processes."""
-    flags = {name: value for name, value in vars(options).items() if name not in WITHOUT_EFFECT}
+    flags = {name: value for name, value in vars(options).items() if name not in NO_EFFECT_ON_RESULTS}
     return flags | {"processes": ranks()}
 
 
@@ -830,20 +845,29 @@ class Stopped(Exception):
 
 
 def ask_to_stop(number, frame):
-    """Signal handler: stop at the next opportunity; asked twice, at once."""
-    if stopping:
+    """Signal handler: stop at the next opportunity; at a second Ctrl-C, at once."""
+    if stopping and number == signal.SIGINT:
         raise KeyboardInterrupt
     stopping.append(number)
 
 
-def save_or_stop(run):
-    """After an update: save where it is time, and stop where a signal has asked any process to."""
-    asked, due = zip(*gather((stopping[:1], time.monotonic() - run.saved > run.options.save_seconds)))
-    asked = list(itertools.chain(*asked))
-    if asked or due[0]:
+@contextlib.contextmanager
+def signals_blocked():
+    """A context to start processes in that outlive signals to the whole group: it is their parent that saves and ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def save_or_stop(run, asked):
+    """After an update: do what the processes were asked to (see mean_gradients)."""
+    stop, save = asked
+    if stop or save:
         run.save()
-    if asked:
-        raise Stopped(asked[0], f"{run.at.phase} {run.at.update}/{run.updates}")
+    if stop:
+        raise Stopped((stopping or [signal.SIGTERM])[0], f"{run.progress.phase} {run.progress.update}/{run.updates}")
 
 
 @contextlib.contextmanager
@@ -865,8 +889,6 @@ def stoppable():
 def processes(device):
     """A context in which this process is one of those that torchrun started, if it did."""
     if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank():
             log.setLevel(logging.ERROR)

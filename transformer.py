@@ -51,20 +51,31 @@ class Position(nn.Module):
         return F.gelu(y[..., : x.shape[1]]).transpose(1, 2)  # an even kernel makes one frame too many
 
 
+class Bias(nn.Module):
+    """The output of a part that lost all its heads or units: a bias, whatever it is given."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x):
+        return torch.zeros_like(x) + self.bias
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention. A layer that lost all its heads adds the bias of its output map."""
+    """Multi-head self-attention."""
 
     def __init__(self, width, heads, head_width, dropout):
         super().__init__()
-        self.heads, self.head_width, self.dropout = heads, head_width, dropout
-        self.query, self.key, self.value = (nn.Linear(width, heads * head_width) for _ in range(3))
-        self.output = nn.Linear(heads * head_width, width)
-        self.gate = None
+        self.heads, self.head_width, self.dropout, self.gate = heads, head_width, dropout, None
+        if heads:
+            self.query, self.key, self.value = (nn.Linear(width, heads * head_width) for _ in range(3))
+        self.output = nn.Linear(heads * head_width, width) if heads else Bias(torch.zeros(width))
 
     def forward(self, x, mask=None):
         """x: (batch, frames, width) -> the same. mask: (batch, 1, 1, frames) bool, true for a valid key, or None."""
-        if self.heads == 0:
-            return self.output(x[..., :0])  # the bias
+        if not self.heads:
+            return self.output(x)
         q, k, v = (
             layer(x).unflatten(2, (self.heads, self.head_width)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
@@ -81,23 +92,27 @@ class Attention(nn.Module):
         features = (kept[:, None] * self.head_width + torch.arange(self.head_width, device=kept.device)).flatten()
         for layer in (self.query, self.key, self.value):
             keep_rows(layer, features)
-            layer.out_features = len(features)
         keep_columns(self.output, features, self.gate()[kept].repeat_interleave(self.head_width))
-        self.output.in_features = len(features)
         self.heads, self.gate = len(kept), None
+        if not self.heads:
+            self.query = self.key = self.value = None
+            self.output = Bias(self.output.bias)
 
 
 class FeedForward(nn.Module):
-    """linear, GELU, linear. A layer that lost all its units adds the bias of its second map."""
+    """linear, GELU, linear."""
 
     def __init__(self, width, units, dropout):
         super().__init__()
-        self.input, self.output = nn.Linear(width, units), nn.Linear(units, width)
+        self.units, self.gate = units, None
+        self.input = nn.Linear(width, units) if units else None
+        self.output = nn.Linear(units, width) if units else Bias(torch.zeros(width))
         self.dropout = nn.Dropout(dropout)
-        self.gate = None
 
     def forward(self, x):
         """(batch, frames, width) -> the same."""
+        if not self.units:
+            return self.output(x)
         y = self.dropout(F.gelu(self.input(x)))
         return self.output(y) if self.gate is None else gated(self.output, y, self.gate())
 
@@ -106,8 +121,9 @@ class FeedForward(nn.Module):
         kept = self.gate.kept()
         keep_rows(self.input, kept)
         keep_columns(self.output, kept, self.gate()[kept])
-        self.input.out_features = self.output.in_features = len(kept)
-        self.gate = None
+        self.units, self.gate = len(kept), None
+        if not self.units:
+            self.input, self.output = None, Bias(self.output.bias)
 
 
 class Layer(nn.Module):
@@ -159,7 +175,7 @@ class Wav2Vec2(nn.Module):
             lengths = self.checked(waveforms, lengths)
         if lengths is None:
             x, gate = self.frontend(waveforms)
-            frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None
+            frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None  # no constant, for traces
         else:
             waveforms = waveforms.masked_fill(~valid(lengths, waveforms.shape[1]), 0)  # no NaN may reach gradients
             after_first, *_, frames = self.full_shape.frames(lengths)
@@ -206,8 +222,8 @@ class Wav2Vec2(nn.Module):
         for layer in self.layers:
             if "heads" in kinds and layer.attention.heads:
                 layer.attention.gate = HardConcrete(layer.attention.heads)
-            if "units" in kinds and layer.ffn.input.out_features:
-                layer.ffn.gate = HardConcrete(layer.ffn.input.out_features)
+            if "units" in kinds and layer.ffn.units:
+                layer.ffn.gate = HardConcrete(layer.ffn.units)
         self.to(self.norm.weight.device).train(self.training)
 
     @torch.no_grad()
@@ -323,8 +339,7 @@ class Checkpoint:
         if len(self.shape.channels) + len(self.shape.heads) > len(weights):  # each has several; a million takes hours
             raise UserError(f"{self.path}: lacks the tensors of the layers that its shape promises")
         try:
-            # On "meta": no memory, no time, as every tensor is assigned below. torch warns of layers without units.
-            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            with torch.device("meta"):  # no memory, no time, as every tensor is assigned below
                 model = make()
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self.path}: no model has the shape {self.shape} ({error})") from error
@@ -439,22 +454,22 @@ SAFETENSORS_DTYPES = {
 def read_safetensors(path):
     """name -> tensor. The layout: 8 bytes of header length, a JSON header, the tensors' bytes."""
     tensors, used = {}, 0
-    data = bytearray(Path(path).stat().st_size)
+    raw = bytearray(Path(path).stat().st_size)
     with open(path, "rb") as file:
-        file.readinto(data)
+        file.readinto(raw)
     try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
+        start = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
         for name, entry in header.items():
             dtype, sizes, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             count = torch.empty(sizes, device="meta").numel()
-            if not 0 <= begin <= end <= len(data) - start or end - begin != count * dtype.itemsize:
+            if not 0 <= begin <= end <= len(raw) - start or end - begin != count * dtype.itemsize:
                 raise ValueError(f"{_shown([name])} lies outside of the file")
             used += end - begin
-            if used > len(data) - start:
+            if used > len(raw) - start:
                 raise ValueError(f"{_shown([name])} lies where another tensor is")
-            tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
+            tensor = torch.frombuffer(raw, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
             tensors[name] = tensor.view(sizes)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path}: is damaged, or not a safetensors file ({_shown([error])})") from error
@@ -517,16 +532,20 @@ def read_ours(contents, path):
     """The Checkpoint in a model.pt that sslprune wrote."""
     try:
         shape, weights = Shape.from_dict(contents["shape"]), dict(contents["weights"])
-        if "encoder.projection.shut" not in weights:  # of when LayerNorm ran over the open channels, as if over all
-            contents = contents | {"dense": contents["shape"]}
+        if "dense" not in contents and "encoder.projection.shut" not in weights:  # an older one: its LayerNorm saw only
+            contents = contents | {"dense": contents["shape"]}  # the kept channels, that is C = k and nothing shut
             weights["encoder.projection.shut"] = torch.zeros(shape.width)
         dense = Shape.from_dict(contents["dense"])
+        for name in ("channels", "heads", "units"):
+            kept, full = getattr(shape, name), getattr(dense, name)
+            if len(kept) != len(full) or any(map(int.__gt__, kept, full)):
+                raise ValueError(f"its {name} are not some of the dense model's")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is not a complete model.pt ({error})") from error
     for key, tensor in weights.items():
         if not (isinstance(key, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
             raise UserError(f"{path}: is not a complete model.pt ({_shown([key])} is no name of a tensor of numbers)")
-    weights = {key: tensor.float() for key, tensor in weights.items()}
+    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.numel()}  # older files have empty ones
     if "task" not in contents:
         return Checkpoint(path, shape, dense, weights)
     task, labels = contents["task"], contents.get("labels")
@@ -599,7 +618,7 @@ def translate(contents, path):
     return weights, ignored
 
 
-BASE_LIKE = {  # what a config.json says of wav2vec2-base and HuBERT-base; of another model it says something else
+BASE_LIKE = {  # what a config.json says of wav2vec2-base and HuBERT-base; other values mean another model
     "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False,
     "hidden_act": "gelu", "feat_extract_activation": "gelu",
 }

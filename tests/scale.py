@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     sslprune.SMALL = replace(TINY, units=(60,) * 3)
-    data_epoch, begin, epochs = data.epoch, time.monotonic(), 0
+    training_batches, begin, epochs = data.training_batches, time.monotonic(), 0
 
     class Enough(BaseException):
         pass
@@ -63,9 +63,9 @@ def main():
         epochs += 1
         if epochs > arguments.epochs:
             raise Enough
-        return data_epoch(*given)
+        return training_batches(*given)
 
-    data.epoch = spy
+    data.training_batches = spy
     with tempfile.TemporaryDirectory() as folder:
         make_corpus(Path(folder) / "corpus", arguments.files)
         print(f"{arguments.files} files; before: {megabytes():.0f} MB", flush=True)

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import TINY, state_dict, tiny, write_layout, write_safetensors
 
 from flops import UserError
 from gates import KINDS
-from transformer import SpeechModel, load, load_pretrained, save_model
+from transformer import SpeechModel, Wav2Vec2, load, load_pretrained, save_model
 
 LAYOUTS = [
     "hf_base", "hf_ctc", "hf_pretraining", "hf_old", "hf_old_pretraining", "hf_hubert", "hf_hubert_ctc",
@@ -91,12 +92,22 @@ def test_a_pruned_model_loads_from_its_own_file(tmp_path):
 
 
 def test_a_model_of_before_the_dense_shape_was_kept_loads_as_it_was(tmp_path):
-    """Its LayerNorm ran over the channels that are there, whatever the dense model had."""
-    model, waveforms = tiny(), torch.randn(1, 3_000)
+    """Its LayerNorm ran over the channels that are there, whatever the dense model had; a part without units had tensors."""
+    shape, waveforms = replace(TINY, heads=(3, 0, 4), units=(20, 12, 0)), torch.randn(1, 3_000)
+    model = Wav2Vec2(shape).eval()
     weights = {f"encoder.{key}": tensor for key, tensor in model.state_dict().items() if key != "projection.shut"}
-    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "weights": weights}, tmp_path / "model.pt")
+    for name, size in (("query", (0, 32)), ("key", (0, 32)), ("value", (0, 32)), ("output", (32, 0))):
+        weights[f"encoder.layers.1.attention.{name}.weight"] = torch.zeros(size)
+    torch.save({"format": "sslprune", "shape": shape.as_dict(), "weights": weights}, tmp_path / "model.pt")
     with torch.no_grad():
         assert torch.equal(load_pretrained(tmp_path)(waveforms)[0], model(waveforms)[0])
+
+
+@pytest.mark.parametrize("dense", [TINY.as_dict() | {"channels": [8, 12, 10, 8, 6, 9, 2]}, TINY.as_dict() | {"heads": [3, 2]}])
+def test_a_dense_shape_of_which_the_model_is_no_part_is_refused(tmp_path, dense):
+    save_model(SpeechModel(tiny(), "slu", ["yes", "no"]), tmp_path / "model.pt")
+    torch.save(torch.load(tmp_path / "model.pt", weights_only=True) | {"dense": dense}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "dense")
 
 
 class Hostile:
@@ -245,7 +256,7 @@ def test_tensors_that_are_not_in_the_file_are_refused(tmp_path, how):
     encoder = tiny()
     contents = {"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}}
     if how == "many layers":
-        contents["shape"] |= {"heads": [1] * 300_000, "units": [1] * 300_000}
+        contents["dense"] = contents["shape"] = contents["shape"] | {"heads": [1] * 300_000, "units": [1] * 300_000}
     else:
         changed = {"repeated": torch.ones(1).half().expand(2**45), "sparse": torch.eye(32).to_sparse(), "complex": torch.ones(32, dtype=torch.complex64)}
         contents["weights"]["encoder.norm.weight"] = changed[how]

@@ -336,7 +336,7 @@ def test_an_epoch_has_every_usable_utterance_once_and_no_speed_that_does_not_fit
     seen = set()
     for seed in range(20):
         corpus = data.Corpus("x")
-        batches = data.epoch(utterances, corpus, frames, True, 0.5, 40.0, np.random.default_rng(seed))
+        batches = data.training_batches(utterances, corpus, frames, True, 0.5, 40.0, np.random.default_rng(seed))
         found = {u.name: u.speed for batch in batches for u in batch}
         assert set(found) == {"fits", "long"}
         assert found["fits"] <= 1 <= found["long"]

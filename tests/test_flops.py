@@ -59,7 +59,6 @@ def random_shape(rng, seed):
     )
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_cost_equals_torchs_flop_counter_and_the_tensors_on_sixty_shapes():
     for seed in range(60):
         rng = random.Random(seed)

@@ -20,7 +20,7 @@ from test_data import make_bad, make_librispeech, make_slurp
 import data
 import sslprune
 from flops import Shape, UserError, cost
-from gates import METHODS
+from gates import KINDS, METHODS
 from transformer import Wav2Vec2
 
 MAIN = str(HERE.parent / "sslprune.py")
@@ -358,6 +358,17 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
     known = set(re.findall(flags, run(capsys, "--help")[1])) | {"--seconds", "--nproc-per-node"}  # of flops.py and torchrun
     assert set(re.findall(flags, readme)) <= known
+
+
+def test_describe_prints_the_costs_of_a_checkpoint_and_what_its_layers_kept(capsys, tmp_path):
+    model = sslprune.SpeechModel(tiny(KINDS["mac"]).slice(), "slu", ["yes", "no"])
+    sslprune.save_model(model, tmp_path / "model.pt")
+    status, printed, errors = run(capsys, "--describe", tmp_path / "model.pt")
+    assert (status, errors) == (0, "")
+    c, shape = cost(model.encoder.shape, 160_000), model.encoder.shape
+    for number in (f"{c.macs:,}", f"{c.params:,}", f"{shape.channels[3]}/{TINY.channels[3]}\n", f"{shape.units[1]}/{TINY.units[1]}\n"):
+        assert number in printed
+    refused(run(capsys, "--describe", tmp_path / "nowhere.pt"), "nowhere.pt")
 
 
 # --- Wrong use: one line that says what to do, exit status 2, nothing lost ---
