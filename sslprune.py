@@ -853,7 +853,7 @@ def ask_to_stop(number, frame):
 
 @contextlib.contextmanager
 def signals_blocked():
-    """A context to start processes in that outlive signals to the whole group: it is their parent that saves and ends."""
+    """A context to start processes in that outlive signals to the whole group: their parent saves, and ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         yield
