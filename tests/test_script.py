@@ -356,7 +356,7 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
         if (HERE.parent / f"{module}.py").exists() and name != "py":
             assert re.search(rf"^(?:def |class )?{name}\b", (HERE.parent / f"{module}.py").read_text(), re.MULTILINE), name
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
-    known = set(re.findall(flags, run(capsys, "--help")[1])) | {"--seconds", "--nproc-per-node"}  # of flops.py and torchrun
+    known = set(re.findall(flags, run(capsys, "--help")[1])) | {"--seconds", "--nproc-per-node", "--quick"}  # of flops.py, torchrun and bench.py
     assert set(re.findall(flags, readme)) <= known
 
 
