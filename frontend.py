@@ -79,10 +79,13 @@ class FirstConvolution(nn.Module):
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.kernel, self.stride, self.eps = kernel, stride, eps
 
-    def forward(self, waveforms, frames=None):
-        """waveforms: (batch, samples); frames: (batch,) int, or None: all are valid -> (batch, channels, frames)."""
+    def forward(self, waveforms, frames=None, statistics=None):
+        """waveforms: (batch, samples); frames: (batch,) int, or None: all are valid -> (batch, channels, frames).
+
+        statistics: mean and variance, (batch, channels) each, to normalise with; None: the waveforms' own.
+        """
         patches = waveforms.unfold(1, self.kernel, self.stride).transpose(1, 2).contiguous()
-        mean, variance = self.statistics(patches, frames)
+        mean, variance = statistics or self.statistics(patches, frames)
         gain = self.norm_weight * torch.rsqrt(variance + self.eps)
         shift = self.norm_bias - gain * mean
         return torch.baddbmm(shift[..., None], gain[..., None] * self.weight[:, 0], patches)
@@ -104,6 +107,17 @@ class FirstConvolution(nn.Module):
             variance = variance + (diagonal[:, None] * products).sum(2)
         return (mean[:, None] * w).sum(2).to(self.weight.dtype), variance.to(self.weight.dtype)
 
+    def statistics_of_long(self, waveform, length):
+        """`statistics` of a waveform (1, samples) of any length, from parts of about `length` samples."""
+        moments, frames = [], (waveform.shape[1] - self.kernel) // self.stride + 1
+        for part in torch.arange(frames).split(length // self.stride):
+            samples = waveform[:, part[0] * self.stride : part[-1] * self.stride + self.kernel]
+            patches = samples.unfold(1, self.kernel, self.stride).transpose(1, 2).contiguous()
+            mean, variance = (values.double() for values in self.statistics(patches, None))
+            moments.append(torch.stack((mean, variance + mean.square())) * (len(part) / frames))
+        mean, square = sum(moments)
+        return mean.to(self.weight.dtype), (square - mean.square()).to(self.weight.dtype)
+
 
 class Frontend(nn.Module):
     """The seven convolutions, each with GELU. `gates` is None, or has one HardConcrete per convolution."""
@@ -117,7 +131,7 @@ class Frontend(nn.Module):
             nn.init.kaiming_normal_(self.convolutions[-1].weight)
         self.gates = None
 
-    def forward(self, waveforms, frames=None):
+    def forward(self, waveforms, frames=None, statistics=None):
         """waveforms: (batch, samples) -> features (batch, frames, channels), and the last layer's gate (channels,).
 
         frames: (batch,) int, the valid frames after the *first* convolution, or None where there is no padding. The
@@ -125,7 +139,7 @@ class Frontend(nn.Module):
         """
         gates = [gate() for gate in self.gates] if self.gates else [None] * len(self.convolutions)
         first, *later = self.convolutions
-        x = F.gelu(first(waveforms, frames))
+        x = F.gelu(first(waveforms, frames, statistics))
         for convolution, gate in zip(later, gates):
             x = F.gelu(convolution(x) if gate is None else gated(convolution, x, gate))
         return x.transpose(1, 2), gates[-1]

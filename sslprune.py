@@ -6,6 +6,7 @@
     python sslprune.py --predict runs/asr-mac-0.5/model.pt recording.wav ...
     python sslprune.py --evaluate runs/asr-mac-0.5/model.pt --data LibriSpeech
     python sslprune.py --describe runs/asr-mac-0.5/model.pt
+    python sslprune.py --export runs/asr-mac-0.5/model.pt model.pt2
     torchrun --nproc-per-node 4 sslprune.py --task asr --budget 0.5 ...    # on four GPUs
 
 A run has up to three phases. Without a checkpoint it first trains a dense model, since the method prunes a trained one.
@@ -40,7 +41,7 @@ import data
 from flops import BASE, SAMPLES, SECONDS, SMALL, Shape, UserError, cost, picture, table
 from gates import KINDS, METHODS, Lagrangian, check_budget, harden
 from transformer import SpeechModel, Wav2Vec2, contents_of, load, precision, read_checkpoint, read_ours, save_model
-from transformer import torch_bytes, write
+from transformer import exported, torch_bytes, write
 
 log = logging.getLogger("sslprune")
 
@@ -86,10 +87,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def main(arguments=None):
     """The program; returns its exit status: 0, 2 for what the user can mend, 128 and the signal that stopped it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     options = parse(arguments)
+    stream = sys.stderr if options.predict else sys.stdout  # where the results go alone
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream)
     try:
-        commands = {"predict": predict, "evaluate": evaluate_model, "describe": describe}
+        commands = {"predict": predict, "evaluate": evaluate_model, "describe": describe, "export": export}
         chosen = [command for name, command in commands.items() if getattr(options, name) is not None]
         return (chosen or [train_and_prune])[0](options)
     except (UserError, OSError) as error:
@@ -140,10 +142,11 @@ def parse(arguments):
     add("--predict", nargs="+", metavar=("MODEL", "FILE"), help="print what a model makes of recordings")
     add("--evaluate", metavar="MODEL", help="print a model's metrics on the dev and test splits of --data")
     add("--describe", metavar="CHECKPOINT", help="print the costs of a model, and what each layer kept")
+    add("--export", nargs=2, metavar=("MODEL", "FILE"), help="write a model as a program that torch.export.load loads")
     add = parser.add_argument_group("how").add_argument
     add("--method", choices=sorted(METHODS), default="mac", help="what the budget is of (default %(default)s)")
     add("--ragged", action="store_true", help="keep any number of units, not the multiples that run fast")
-    add("--data", default="demo", help="folder of LibriSpeech or SLURP (default: demo)")
+    add("--data", default="demo", help="folder of tables, a Kaldi directory, LibriSpeech or SLURP (default: demo)")
     for split in ("train", *SPLITS):
         add(f"--{split}", metavar="NAMES", help=f"subsets that are the {split} split, joined by commas")
     add("--checkpoint", help="pretrained model: Hugging Face, fairseq, torchaudio, or a .pt of ours (default: none)")
@@ -151,6 +154,8 @@ def parse(arguments):
     add("--resume", action="store_true", help="go on with the run in --out; all other flags as before")
     add("--save-seconds", type=number(float, 0, 1e9), default=600.0, metavar="N",
         help="how often to write what --resume needs (default %(default)g)")  # fmt: skip
+    add("--evaluate-updates", type=count, metavar="N",
+        help="how often to measure the error on dev while training (default: 20 times a phase; 0: never)")  # fmt: skip
     add("--seed", type=number(int, 0, 2**31 - 1), default=0)
     add("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     add("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32")
@@ -177,6 +182,7 @@ def check_combination(options, parser):
         "predict": {"device", "dtype"},
         "evaluate": {"device", "dtype", "task", "data", *SPLITS, "skip_bad", "batch_seconds"},
         "describe": set(),
+        "export": set(),
     }
     command = next((name for name in used_with if getattr(options, name) is not None), None)
     for name, value in vars(options).items():
@@ -194,11 +200,11 @@ def predict(options):
     """Print a line for each recording; one that cannot be read does not keep the others from being recognised."""
     path, *files = options.predict
     model, failed = load_to_use(path, options), []
-    for file in files:
-        try:
-            print(f"{file}\t{model.predict([file])[0]}", flush=True)
-        except UserError as error:
-            failed.append(error)
+    for file, result in zip(files, model.recognise(files)):
+        if isinstance(result, UserError):
+            failed.append(result)
+        else:
+            print(f"{file}\t{result}", flush=True)
     return max([0, *map(refuse, failed)])
 
 
@@ -209,7 +215,7 @@ def evaluate_model(options):
         raise UserError(f"{options.evaluate}: was trained for {model.task}, not for {options.task}")
     corpus = open_corpus(options, model.task, SPLITS)
     for split in SPLITS:
-        metrics = evaluate(model, corpus, split, options.batch_seconds or RECIPES["small"]["batch_seconds"])
+        metrics, _ = evaluate(model, corpus, split, options.batch_seconds or RECIPES["small"]["batch_seconds"])
         print(in_words({split: metrics}), flush=True)
     return 0
 
@@ -225,6 +231,15 @@ def describe(options):
     """Print the costs of a model on 10 s of audio, and what each of its layers kept."""
     encoder = read_checkpoint(options.describe).encoder()
     print(table(encoder.shape), picture(encoder.shape, encoder.dense), sep="\n\n")
+    return 0
+
+
+def export(options):
+    """Write a model as a program that torch alone loads: waveforms and lengths in, scores and frames out."""
+    path, out = options.export
+    model, buffer = load(path), io.BytesIO()
+    torch.export.save(exported(model), buffer, extra_files={"labels.json": json.dumps(model.labels)})
+    write(out, buffer.getbuffer())
     return 0
 
 
@@ -261,8 +276,10 @@ def go_through_phases(run):
 
     if progress.phase == "prune":
         train(run)
+        progress.head_is_trained = True
+        watch(run)
         if run.lagrangian:
-            progress.expected = (1 - run.lagrangian.sparsity(model.encoder.gates)).tolist()
+            progress.expected = run.expected()
             warn_unless_converged(options, progress.expected)
             harden(model.encoder.gates, run.start_shape, options.method, options.budget, options.ragged)
             model.encoder = model.encoder.slice()
@@ -272,9 +289,10 @@ def go_through_phases(run):
     train(run)
     if not rank():
         save_model(model, run.out / "model.pt")  # before all that remains, so that nothing can lose it
-    metrics = evaluate_all(run)
+    metrics = evaluate_all(run, last=True)
     if not rank():
         report = make_report(run, metrics)
+        write(run.out / "curve.svg", curve(run.progress.history).encode())
         write(run.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         log.info("\n%s\n\n%s\n", picture(model.encoder.shape, run.start_shape), comparison(report))
     run.enter("done")
@@ -329,14 +347,19 @@ def fill_recipe(options, shape):
 
 def model_to_prune(options, checkpoint, corpus):
     """A SpeechModel, with the checkpoint's encoder where there is one, and whether its head is trained for the task."""
-    labels = data.VOCABULARY if options.task == "asr" else sorted({u.intent for u in corpus.train})
-    if checkpoint is None:
-        return SpeechModel(Wav2Vec2(SMALL), options.task, labels), False
-    if (checkpoint.task, checkpoint.labels) == (options.task, labels):
-        return checkpoint.model(), True
-    if checkpoint.task == options.task:
-        log.info("%s: was trained for other labels; its head starts anew", options.checkpoint)
-    return SpeechModel(checkpoint.encoder(), options.task, labels), False
+    if options.task == "asr":
+        labels = data.vocabulary(u.text for u in corpus.train)
+    else:
+        labels = sorted({u.intent for u in corpus.train})
+    if checkpoint is None or checkpoint.task != options.task:
+        encoder = checkpoint.encoder() if checkpoint else Wav2Vec2(SMALL)
+        return SpeechModel(encoder, options.task, labels), False
+    model = checkpoint.model()
+    new = [label for label in labels if label not in model.units]
+    if new:
+        log.info("%s: its head has no output for %s; they start anew", options.checkpoint, " ".join(new))
+        model.add_labels(new)
+    return model, True
 
 
 def open_corpus(options, task, splits):
@@ -370,27 +393,28 @@ def train(run):
     optimizer = run.optimizer = run.optimizer or make_optimizer(model, lagrangian, options.gate_lr)
     encoder.layer_drop = options.layer_drop
     encoder.projection.time_mask, encoder.projection.channel_mask = options.time_mask, options.channel_mask
-    model.train()
     run.start_clock()
     announce(run)
     show = countdown(progress.phase, updates, progress.update)
     while progress.update < updates:
         for batches in epoch(run):
+            watch(run)
+            model.train()
             done = progress.update / updates  # of the phase
             optimizer.param_groups[0]["lr"] = getattr(options, f"{progress.phase}_lr") * tri_stage(done)
-            warmup = min(1, progress.update / max(1, options.warmup_share * updates))  # of the target
             optimizer.zero_grad(set_to_none=False)
             losses = []
             for utterances, waveforms, lengths in batches:
                 loss = model.loss(waveforms.to(run.device), lengths, utterances)
-                penalty = lagrangian(encoder.gates, warmup) if lagrangian else 0
+                penalty = lagrangian(encoder.gates, run.warmup) if lagrangian else 0
                 (loss + penalty).backward()
                 losses.append(loss.detach())
             loss, asked = mean_gradients(run, losses)
             if loss is not None:
                 progress.update += 1
                 step(optimizer, loss, progress)
-                show(progress.update, lambda: f"  loss {loss:.3f}{kept_in_words(run)}")
+                progress.losses.append(loss)
+                show(progress.update, lambda: f"  loss {loss:.3f}  {kept_in_words(run)}")
             save_or_stop(run, asked)
     run.save()
 
@@ -527,11 +551,8 @@ def step(optimizer, loss, progress):
 
 
 def kept_in_words(run):
-    """What the gates are expected to keep of each constrained cost; empty without gates."""
-    if not run.lagrangian:
-        return ""
-    kept = (1 - run.lagrangian.sparsity(run.model.encoder.gates)).tolist()
-    return "  expected to keep " + ", ".join(f"{share:.3f}" for share in kept)
+    """What the model is expected to keep of each constrained cost, and what of it is asked for now."""
+    return f"expected to keep {', '.join(f'{kept:.3f}' for kept in run.expected())} (target {run.target:.3f})"
 
 
 def countdown(what, total, first=0):
@@ -566,33 +587,79 @@ def warn_unless_converged(options, expected):
 # --- Evaluation ----------------------------------------------------------------------------------------------------
 
 
-def evaluate_all(run):
-    return {split: evaluate(run.model, run.corpus, split, run.options.batch_seconds) for split in SPLITS}
+def evaluate_all(run, last=False):
+    """Metrics on all SPLITS at the end of a phase. last: of the run; what was said goes into files."""
+    found = {}
+    for split in SPLITS:
+        found[split], rows = evaluate(run.model, run.corpus, split, run.options.batch_seconds)
+        if last and not rank():
+            lines = (" ".join(field.replace("\t", " ").split("\n")) for row in rows for field in row)
+            table = ["\t".join(fields) for fields in zip(*[lines] * 3)]
+            write(run.out / f"{split}.tsv", "\n".join(["name\treference\thypothesis", *table, ""]).encode())
+    record(run, found["dev"])
+    return found
+
+
+def watch(run):
+    """Every so many updates, and where a phase begins and ends: measure the error on dev, and record it."""
+    progress, every = run.progress, run.options.evaluate_updates
+    every = max(1, run.updates // 20) if every is None else every
+    due = every and (progress.update % every == 0 or progress.update == run.updates)
+    untrained = progress.update == 0 and not progress.head_is_trained
+    if not due or untrained or (progress.phase, progress.update) in [(e["phase"], e["update"]) for e in progress.history]:
+        return
+    try:
+        dev, _ = evaluate(run.model, run.corpus, "dev", run.options.batch_seconds)
+    except Stopped:
+        run.save()
+        raise
+    record(run, dev)
+
+
+def record(run, dev):
+    """Say where training is, and add it to metrics.jsonl. dev: metrics on the dev split."""
+    options, progress, metric = run.options, run.progress, METRICS[run.model.task]
+    entry = {
+        "phase": progress.phase,
+        "update": progress.update,
+        "loss": statistics.fmean(progress.losses) if progress.losses else None,  # of the updates since the last entry
+        "lr": run.optimizer.param_groups[0]["lr"] if run.optimizer and progress.update else None,
+        "target": run.target,
+        "expected": run.expected(),
+        "multipliers": run.lagrangian and run.lagrangian.multipliers.tolist(),
+        "dev": dev[metric],
+    }
+    progress.history.append(entry)
+    progress.losses.clear()
+    log.info("%s %d/%d  %s  %s", progress.phase, progress.update, run.updates, in_words({"dev": dev}), kept_in_words(run))
+    if not rank():
+        write(run.out / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in progress.history).encode())
 
 
 def evaluate(model, corpus, split, batch_seconds):
-    """Metrics of a model on one of SPLITS, as fractions: {name: value}, the task's own metric first."""
+    """Metrics of a model on one of SPLITS, as fractions, {name: value}, and (name, reference, hypothesis) of each."""
     model.eval()
     utterances = data.usable(getattr(corpus, split), corpus, frames_of(model), ctc=False)
     batches = data.batches(utterances, batch_seconds)
     numbers = range(rank(), len(batches), ranks())  # each process has its part of the batches, however many there are
     show = countdown(f"evaluate {split}", len(numbers))
-    found = []  # (number of the batch, references, hypotheses)
+    found = []  # (number of the batch, names, references, hypotheses)
     loaded = load_batches([batches[i] for i in numbers], corpus, None, next(model.parameters()).device)
     for done, (number, (batch, waveforms, lengths)) in enumerate(zip(numbers, loaded), 1):
         if stopping:
             raise Stopped(stopping[0], "an evaluation")
         if batch:
             said = [u.text if model.task == "asr" else u.intent for u in batch]
-            found.append((number, said, model.transcribe(waveforms, lengths)))
+            found.append((number, [u.name for u in batch], said, model.transcribe(waveforms, lengths)))
         show(done)
     share_skipped(corpus)
     corpus.check()
     found = sorted(itertools.chain(*gather(found)))
-    references, hypotheses = ([label for batch in found for label in batch[which]] for which in (1, 2))
+    names, references, hypotheses = ([value for batch in found for value in batch[which]] for which in (1, 2, 3))
     if not references:
         raise UserError(f"no utterance of the {split} split could be read")
-    return data.error_rates(references, hypotheses) if model.task == "asr" else data.accuracies(references, hypotheses)
+    score = data.error_rates if model.task == "asr" else data.accuracies
+    return score(references, hypotheses), list(zip(names, references, hypotheses))
 
 
 def forward_seconds(models, device, dtype, repeats=5):
@@ -664,6 +731,32 @@ def comparison(report):
     return "\n".join(lines)
 
 
+def curve(history):
+    """The entries of metrics.jsonl as a picture, SVG: the dev metric, and expected and target cost, over all updates."""
+    offset, xs, ends = 0, [], []
+    for before, entry in zip(history[:1] + history, history):
+        if before["phase"] != entry["phase"]:
+            offset += before["update"]
+            ends.append((offset, before["phase"]))
+        xs.append(offset + entry["update"])
+    last = max(1, xs[-1]) if xs else 1
+    highest = max([1e-9, *(entry["dev"] for entry in history)])
+    lines = {f"dev, up to {highest:.3g}": (30, "#c33", [entry["dev"] / highest for entry in history])}
+    for i, _ in enumerate(history[0]["expected"] if history else []):
+        lines[f"expected cost {i + 1}"] = (230, "#36c", [entry["expected"][i] for entry in history])
+    lines["target"] = (230, "#999", [entry["target"] for entry in history])
+    shapes = [f'<rect x="50" y="{top}" width="600" height="160" fill="none" stroke="#ccc"/>' for top in (30, 230)]
+    shapes += [f'<path d="M{50 + 600 * x / last:.1f} 30v360" stroke="#ccc"/>' for x, _ in ends]
+    for number, (name, (top, colour, ys)) in enumerate(lines.items()):
+        points = " ".join(f"{50 + 600 * x / last:.1f},{top + 160 * (1 - y):.1f}" for x, y in zip(xs, ys))
+        shapes.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
+        shapes.append(f'<text x="660" y="{top + 12 + 14 * number}" fill="{colour}">{name}</text>')
+    shapes += [f'<text x="{45 + 600 * x / last:.1f}" y="405" text-anchor="end">{phase}</text>' for x, phase in ends]
+    shapes.append(f'<text x="650" y="405" text-anchor="end">{last} updates</text>')
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="820" height="420" font-family="sans-serif" font-size="12">'
+    return "\n".join([head, '<rect width="820" height="420" fill="white"/>', *shapes, "</svg>", ""])
+
+
 def size_in_words(shape):
     c = cost(shape, SAMPLES)
     return f"{c.macs / 1e9:.3f} GMACs on {SECONDS} s, {c.params / 1e6:.3f} M parameters"
@@ -697,6 +790,8 @@ class Progress:
     too_long: int = 0  # utterances that training leaves out
     left_out: int = 0  # updates without finite gradients
     left_out_in_a_row: int = 0
+    losses: list = dataclasses.field(default_factory=list)  # of the updates since the last line of metrics.jsonl
+    history: list = dataclasses.field(default_factory=list)  # the lines of metrics.jsonl
 
 
 class Run:
@@ -717,6 +812,25 @@ class Run:
     def updates(self):
         """How many the phase has in all."""
         return getattr(self.options, f"{self.progress.phase}_updates")
+
+    @property
+    def warmup(self):
+        """The part of the target that is asked for now."""
+        return min(1, self.progress.update / max(1, self.options.warmup_share * self.updates))
+
+    @property
+    def target(self):
+        """The fraction of the constrained costs that may be kept now."""
+        if self.lagrangian:
+            return 1 - (1 - self.options.budget) * self.warmup
+        return 1.0 if self.progress.phase == "dense" else self.options.budget
+
+    def expected(self):
+        """The fraction of each constrained cost that gates are expected to keep, or that the model without gates has."""
+        if self.lagrangian:
+            return (1 - self.lagrangian.sparsity(self.model.encoder.gates)).tolist()
+        now, start = (cost(shape, SAMPLES) for shape in (self.model.encoder.shape, self.start_shape))
+        return [constraint.measure(now) / constraint.measure(start) for constraint in METHODS[self.options.method]]
 
     def enter(self, phase):
         """Begin the next phase."""

@@ -12,8 +12,10 @@ import copy
 import io
 import json
 import logging
+import math
 import os
 import re
+import time
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -25,12 +27,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from flops import BASE, Shape, UserError
+from flops import BASE, SAMPLE_RATE, SAMPLES, Shape, UserError
 from frontend import Frontend, Projection, gated, keep_columns, keep_rows, valid
 from gates import HardConcrete
 
 log = logging.getLogger("sslprune")
 
+GROUP_SECONDS = 300  # of audio, that `predict` reads at a time
+PIECE_SECONDS = 60  # of audio, that it recognises at once: a batch of files, or a piece of a longer recording
+OVERLAP_SECONDS = 10  # of two pieces
 
 class Position(nn.Module):
     """The relative position embedding: a wide grouped convolution with weight norm over its taps, and GELU."""
@@ -163,23 +168,24 @@ class Wav2Vec2(nn.Module):
             self.layers.append(Layer(shape.width, heads, shape.head_width, units, dropout))
         self.layer_drop = 0.0
 
-    def forward(self, waveforms, lengths=None):
+    def forward(self, waveforms, lengths=None, statistics=None):
         """Features of a batch of utterances, each the same alone and padded.
 
         waveforms: (batch, samples) float32, 16 kHz, each of zero mean and unit variance over its own samples.
         lengths: (batch,) int, the samples of each utterance; what is beyond is not read. None: all are full length.
+        statistics: of the first GroupNorm, where the waveforms are pieces of longer ones; None: the waveforms' own.
         Returns features (batch, frames, width), zero beyond each utterance's frames, and frames (batch,) int64.
         Raises ValueError where an utterance is too short to make a frame, or the arguments have other shapes.
         """
         if not torch.jit.is_tracing() and not torch.compiler.is_compiling():  # a trace cannot depend on values
             lengths = self.checked(waveforms, lengths)
         if lengths is None:
-            x, gate = self.frontend(waveforms)
+            x, gate = self.frontend(waveforms, None, statistics)
             frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None  # no constant, for traces
         else:
             waveforms = waveforms.masked_fill(~valid(lengths, waveforms.shape[1]), 0)  # no NaN may reach gradients
             after_first, *_, frames = self.full_shape.frames(lengths)
-            x, gate = self.frontend(waveforms, after_first)
+            x, gate = self.frontend(waveforms, after_first, statistics)
             mask = valid(frames, x.shape[1])
         x = zero_beyond(mask, self.projection(x, frames, gate))
         x = self.dropout(self.norm(x + self.position(x)))
@@ -248,19 +254,20 @@ def zero_beyond(mask, x):
 class SpeechModel(nn.Module):
     """The encoder and one linear layer: over frames, trained with CTC (asr), or over their mean (slu).
 
-    labels: the names of the outputs; data.VOCABULARY for asr, the intents for slu.
+    labels: the names of the outputs: of asr the blank, the space and characters (data.vocabulary), of slu the intents.
     """
 
     def __init__(self, encoder, task, labels):
         super().__init__()
         self.encoder, self.task, self.labels = encoder, task, list(labels)
+        self.units = {label: unit for unit, label in enumerate(self.labels)}
         self.head = nn.Linear(encoder.full_shape.width, len(labels))
         self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
 
-    def forward(self, waveforms, lengths=None):
+    def forward(self, waveforms, lengths=None, statistics=None):
         """Scores (batch, frames, labels) for asr, (batch, labels) for slu; and frames (batch,). See Wav2Vec2."""
         with precision(self.dtype, waveforms.device):
-            features, frames = self.encoder(waveforms, lengths)
+            features, frames = self.encoder(waveforms, lengths, statistics)
             if self.task == "slu":
                 features = features.sum(1) / frames[:, None]  # features are 0 beyond the valid frames
             return self.head(features), frames
@@ -269,31 +276,115 @@ class SpeechModel(nn.Module):
         """Mean over the batch of the CTC loss per character (asr) or of the cross entropy (slu)."""
         scores, frames = self(waveforms, lengths)
         if self.task == "slu":
-            targets = torch.tensor([self.labels.index(u.intent) for u in utterances], device=scores.device)
+            targets = torch.tensor([self.units[u.intent] for u in utterances], device=scores.device)
             return F.cross_entropy(scores.float(), targets)
-        targets = [data.encode(u.text) for u in utterances]
+        targets = [data.encode(u.text, self.units) for u in utterances]
         sizes = torch.tensor([len(target) for target in targets])
         log_probabilities = scores.float().log_softmax(2).transpose(0, 1)
         return F.ctc_loss(log_probabilities, torch.cat(targets).to(scores.device), frames, sizes, zero_infinity=True)
 
     @torch.no_grad()
+    def add_labels(self, new):
+        """Add outputs to the head, of weight 0."""
+        self.labels += new
+        self.units = {label: unit for unit, label in enumerate(self.labels)}
+        weight, bias = self.head.weight, self.head.bias
+        self.head = nn.Linear(weight.shape[1], len(self.labels), device=weight.device)
+        for parameter, old in ((self.head.weight, weight), (self.head.bias, bias)):
+            parameter.zero_()[: len(old)] = old
+
+    @torch.no_grad()
     def transcribe(self, waveforms, lengths=None):
         """Normalised waveforms (batch, samples) -> a list of transcripts (asr) or of intents (slu)."""
-        scores, frames = self(waveforms.to(self.head.weight.device), lengths)
+        scores, frames = self(waveforms.to(next(self.parameters()).device), lengths)
         best = scores.argmax(-1).cpu()
         if self.task == "slu":
             return [self.labels[i] for i in best.tolist()]
-        return [data.decode(units[:n]) for units, n in zip(best, frames.tolist())]
+        return [data.decode(units[:n], self.labels) for units, n in zip(best, frames.tolist())]
 
     def predict(self, paths):
-        """Audio files -> a list of transcripts (asr) or of intents (slu). Raises UserError for what is no audio."""
-        return [self._predict(path) for path in paths]
+        """Audio files, or one -> a list of transcripts (asr) or of intents (slu). Raises UserError for what is no audio.
 
-    def _predict(self, path):
-        samples = data.waveform(data.Utterance(str(path), path, 0.0))
+        A recording of over a minute is recognised in overlapping pieces: in time and memory linear in its length.
+        """
+        results = list(self.recognise([paths] if isinstance(paths, (str, os.PathLike)) else paths))
+        for error in results:
+            if isinstance(error, UserError):
+                raise error
+        return results
+
+    def recognise(self, paths):
+        """What `predict` returns, as it comes; for a file that cannot be read, the UserError that says why.
+
+        Files are read and recognised in groups of some minutes, in batches of like length.
+        """
+        group = []
+        for number, path in enumerate(paths, 1):
+            group.append(self._read(path))
+            seconds = sum(u.seconds for u in group if isinstance(u, data.Utterance))
+            if seconds > GROUP_SECONDS or number == len(paths):
+                short = [u for u in group if isinstance(u, data.Utterance) and u.seconds <= PIECE_SECONDS]
+                found = {}
+                for batch in data.batches(short, PIECE_SECONDS):
+                    waveforms, lengths = data.pad([u.audio for u in batch])
+                    found |= zip(map(id, batch), self.transcribe(waveforms, lengths))
+                for u in group:
+                    yield u if isinstance(u, UserError) else found[id(u)] if id(u) in found else self._recognise_long(u)
+                group = []
+
+    def _read(self, path):
+        """The Utterance in a file, with normalised samples, or the UserError that says what is wrong with it."""
+        try:
+            samples = data.waveform(data.Utterance(str(path), path, 0.0))
+        except UserError as error:
+            return error
         if len(samples) < self.encoder.full_shape.receptive_field:
-            raise UserError(f"{path}: {len(samples)} samples are too short to recognise anything in")
-        return self.transcribe(torch.from_numpy(samples)[None])[0]
+            return UserError(f"{path}: {len(samples)} samples are too short to recognise anything in")
+        return data.Utterance(str(path), samples, len(samples) / SAMPLE_RATE)
+
+    @torch.no_grad()
+    def _recognise_long(self, utterance):
+        """The transcript or intent of an utterance, from pieces whose GroupNorm has the statistics of the whole."""
+        waveform = torch.from_numpy(utterance.audio)[None].to(next(self.parameters()).device)
+        shape, started, found = self.encoder.full_shape, time.monotonic(), []
+        hop, total = math.prod(shape.strides), shape.frames(waveform.shape[1])[-1]
+        length, overlap = (seconds * SAMPLE_RATE // hop for seconds in (PIECE_SECONDS, OVERLAP_SECONDS))
+        statistics = self.encoder.frontend.convolutions[0].statistics_of_long(waveform, PIECE_SECONDS * SAMPLE_RATE)
+        for first in range(0, max(1, total - overlap), length - overlap):
+            last = min(first + length, total)
+            piece = waveform[:, first * hop : (last - 1) * hop + shape.receptive_field]
+            scores = self(piece, None, statistics)[0][0]
+            if self.task == "slu":
+                found.append(scores * (last - first))
+            else:  # half of each overlap
+                found.append(scores[overlap // 2 * (first > 0) : len(scores) - overlap // 2 * (last < total)])
+            if time.monotonic() - started > 10:
+                started = time.monotonic()
+                log.info("%s: %d of %d s", utterance.name, last * hop // SAMPLE_RATE, utterance.seconds)
+        if self.task == "slu":
+            return self.labels[sum(found).argmax().item()]
+        return data.decode(torch.cat(found).argmax(-1).cpu(), self.labels)
+
+
+class Padded(nn.Module):
+    """A SpeechModel whose waveforms get zeros for one frame more, since an exported program wants two at least."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, waveforms, lengths):
+        return self.model(F.pad(waveforms, (0, math.prod(self.model.encoder.full_shape.strides))), lengths)
+
+
+def exported(model):
+    """A SpeechModel as a torch.export.ExportedProgram, for any number of utterances and samples.
+
+    It takes waveforms (batch, samples) float32 and lengths (batch,) int64, and returns scores and frames as the model
+    does; of asr, there is a frame more than those.
+    """
+    arguments, any_size = (torch.zeros(2, SAMPLES), torch.tensor([SAMPLES, SAMPLES - 1])), torch.export.Dim.DYNAMIC
+    return torch.export.export(Padded(model.eval()), arguments, dynamic_shapes=({0: any_size, 1: any_size}, {0: any_size}))
 
 
 def precision(dtype, device):
@@ -303,7 +394,8 @@ def precision(dtype, device):
 
 # --- Checkpoints ---------------------------------------------------------------------------------------------------
 #
-# read_checkpoint: a file -> its contents (nothing in it is executed) -> tensors in our names, the shape -> Checkpoint
+# read_checkpoint: a file, or several -> what they hold (nothing of it is executed) -> where in it an encoder is,
+# whatever wraps it -> tensors in our names, and the shape -> Checkpoint
 
 
 @dataclass
@@ -416,39 +508,64 @@ def write(path, *parts):
 
 def read_checkpoint(path):
     """The Checkpoint in a file, or in a folder that holds one."""
-    path, config = find_checkpoint(path)
-    with open(path, "rb") as file:
-        is_safetensors = file.read(9)[8:9] == b"{"
-    contents = read_safetensors(path) if is_safetensors else read_pickle(path)
-    return read_ours(contents, path) if contents.get("format") == "sslprune" else read_public(contents, config, path)
+    path = find_checkpoint(Path(path))
+    contents = read_shards(path) if path.name.endswith(".index.json") else read_file(path)
+    return read_ours(contents, path) if contents.get("format") == "sslprune" else read_public(contents, path)
 
 
 def find_checkpoint(path):
-    """The checkpoint's file, and its config.json as a dictionary where it has one beside it, else {}."""
-    path = Path(path)
-    if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin", "model.pt")
-        found = [path / name for name in names if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: holds none of {', '.join(names)}; give the file itself")
-        path = found[0]
-    elif not path.is_file():
+    """The checkpoint's file, or its index where it is in several."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
         raise UserError(f"{path}: there is no such file or folder")
-    config = path.with_name("config.json")
-    if path.name not in ("model.safetensors", "pytorch_model.bin") or not config.is_file():
-        return path, {}
+    names = ["model.safetensors", "pytorch_model.bin", "model.pt"]
+    names += [f"{name}.index.json" for name in names]
+    found = [path / name for name in names if (path / name).is_file()]
+    others = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
+    if not found and len(others) != 1:
+        raise UserError(f"{path}: holds none of {', '.join(names)}; give the file itself")
+    return (found or others)[0]
+
+
+def read_shards(index):
+    """The tensors of all files that an index names."""
+    contents, files = {}, read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index}: is no index of a checkpoint's files")
+    for name in sorted({Path(name).name for name in files.values()}):
+        if not index.with_name(name).is_file():
+            raise UserError(f"{index}: names {name}, which is not there")
+        contents |= read_file(index.with_name(name))
+    return contents
+
+
+def read_json(path):
+    """The dictionary in a JSON file."""
     try:
-        config = json.loads(config.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{config}: is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{config}: is not a model's configuration")
-    return path, config
+        raise UserError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, not a dictionary")
+    return found
+
+
+def read_file(path):
+    """The dictionary that a .safetensors file, or a file of torch.save, holds. Nothing in it is executed."""
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a git-lfs pointer, not the file that it stands for; `git lfs pull` fetches that")
+    return read_safetensors(path) if start[8:9] == b"{" else read_pickle(path)
 
 
 SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def read_safetensors(path):
@@ -509,17 +626,17 @@ def read_pickle(path):
         raise UserError(f"{path}: {forbidden or 'is damaged, or not of torch.save'}") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a model's weights")
-    for tensors in (contents, contents.get("model"), contents.get("weights")):  # where the layouts have their tensors
-        for key, tensor in tensors.items() if isinstance(tensors, dict) else ():
-            if isinstance(tensor, torch.Tensor) and not _is_plain(tensor, size):
-                raise UserError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
     return contents
 
 
-def _is_plain(tensor, size):
-    """Whether a tensor's numbers are all in a file of `size` bytes: not sparse, quantized or repeated by strides."""
-    strided = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    return strided and not tensor.is_complex() and tensor.numel() * tensor.element_size() <= size
+def numbers(key, tensor, path):
+    """A tensor of a file as float32; no other than dense floating-point numbers that are really there will do."""
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_complex() or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise UserError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise UserError(f"{path}: {_shown([key])} is of {tensor.dtype}; no quantized model is read, give the original")
+    return tensor.float()
 
 
 def _shown(keys):
@@ -542,24 +659,21 @@ def read_ours(contents, path):
                 raise ValueError(f"its {name} are not some of the dense model's")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is not a complete model.pt ({error})") from error
-    for key, tensor in weights.items():
-        if not (isinstance(key, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
-            raise UserError(f"{path}: is not a complete model.pt ({_shown([key])} is no name of a tensor of numbers)")
-    weights = {key: tensor.float() for key, tensor in weights.items() if tensor.numel()}  # older files have empty ones
+    weights = {str(key): numbers(key, tensor, path) for key, tensor in weights.items()}
+    weights = {key: tensor for key, tensor in weights.items() if tensor.numel()}  # older files have empty ones
     if "task" not in contents:
         return Checkpoint(path, shape, dense, weights)
     task, labels = contents["task"], contents.get("labels")
     named = isinstance(labels, list) and labels and all(isinstance(name, str) and name.isprintable() for name in labels)
-    if not (task == "slu" and named or task == "asr" and labels == data.VOCABULARY):
+    if not (task == "slu" and named or task == "asr" and named and labels[0] == data.BLANK):
         raise UserError(f"{path}: its task or labels are none that sslprune writes")
     return Checkpoint(path, shape, dense, weights, task, labels)
 
 
 # From the key names of transformers, torchaudio and fairseq to ours. The three do not contradict each other.
-PREFIX = r"(?:wav2vec2\.|hubert\.|w2v_encoder\.w2v_model\.)?"
-FRONTEND = PREFIX + r"feature_extractor\.conv_layers\."
-PROJECTION = PREFIX + r"(?:(?:encoder\.)?feature_projection\.)?"
-ENCODER = PREFIX + r"encoder\.(?:transformer\.)?"
+FRONTEND = r"feature_extractor\.conv_layers\."
+PROJECTION = r"(?:(?:encoder\.)?feature_projection\.)?"
+ENCODER = r"encoder\.(?:transformer\.)?"
 POSITION = ENCODER + r"pos_conv(?:_embed\.conv|\.0)\."
 LAYER = ENCODER + r"layers\.(\d+)\."
 KEYS = [
@@ -567,10 +681,11 @@ KEYS = [
     (FRONTEND + r"0\.(?:layer_norm|2)\.(weight|bias)", r"frontend.convolutions.0.norm_\1"),
     (PROJECTION + r"layer_norm\.(weight|bias)", r"projection.norm.\1"),
     (PROJECTION + r"(?:projection|post_extract_proj)\.(weight|bias)", r"projection.linear.\1"),
-    (PREFIX + r"(?:masked_spec_embed|mask_emb|mask_generator\.mask_embedding)", r"projection.mask_embedding"),
+    (r"(?:masked_spec_embed|mask_emb|mask_generator\.mask_embedding)", r"projection.mask_embedding"),
     (POSITION + r"bias", r"position.bias"),
     (POSITION + r"(?:weight_g|parametrizations\.weight\.original0)", r"position.weight_g"),
     (POSITION + r"(?:weight_v|parametrizations\.weight\.original1)", r"position.weight_v"),
+    (POSITION + r"weight", r"position.weight"),  # the two multiplied out
     (ENCODER + r"layer_norm\.(weight|bias)", r"norm.\1"),
     (LAYER + r"(?:attention|self_attn)\.q_proj\.(weight|bias)", r"layers.\1.attention.query.\2"),
     (LAYER + r"(?:attention|self_attn)\.k_proj\.(weight|bias)", r"layers.\1.attention.key.\2"),
@@ -582,72 +697,127 @@ KEYS = [
     (LAYER + r"final_layer_norm\.(weight|bias)", r"layers.\1.ffn_norm.\2"),
 ]
 KEYS = [(re.compile(pattern), ours) for pattern, ours in KEYS]
-INSIDE = re.compile(PREFIX + r"(?:feature_extractor|feature_projection|encoder)\.")  # where no other key may be
+INSIDE = re.compile(r"(?:feature_extractor|feature_projection|encoder|adapter)\.")  # where no other key may be
+FIRST = re.compile(r"(.*?)" + FRONTEND + r"0\.(?:conv|0)\.weight")  # each layout has it; the rest has the same prefix
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")  # components that DataParallel, torch.compile or FSDP put in
 
 
-def read_public(contents, config, path):
+def read_public(contents, path):
     """The Checkpoint in a file of a public library."""
-    if isinstance(contents.get("model"), dict):  # fairseq's
-        contents = contents["model"]
-    weights, ignored = translate(contents, path)
-    if ignored:
-        log.info("%s: left out what the encoder has no use for, %d entries: %s", path, len(ignored), _shown(ignored))
-    shape = infer_shape(weights, config, path)
+    found = []
+    for holder in nested(contents):
+        named = {WRAPPERS.sub("", str(key)): value for key, value in holder.items()}
+        found += [(match[1], named) for key in named if (match := FIRST.fullmatch(key))]
+    if len(found) != 1:
+        ours = any("frontend.convolutions.0.weight" in str(key) for holder in nested(contents) for key in holder)
+        what = "several encoders: " + _shown([prefix or "without a prefix" for prefix, _ in found])
+        if not found:
+            held = _shown(list(contents)) or "nothing"
+            what = f"no wav2vec2 of Hugging Face, fairseq, torchaudio or sslprune, but {held}"
+        if ours:
+            what = "tensors of sslprune without their shape; give a model.pt, which transformer.save_model writes"
+        raise UserError(f"{path}: holds {what}")
+    (prefix, named), said = found[0], what_it_says(contents, path)
+    weights, ignored = translate(named, prefix, path)
+    shape = infer_shape(weights, said, path)
     if "projection.mask_embedding" not in weights:  # torchaudio's models have none
         weights["projection.mask_embedding"] = torch.zeros(shape.width)
         log.info("%s: has no mask embedding; it starts at zero", path)
     weights["projection.scale"], weights["projection.shut"] = torch.ones(shape.channels[-1]), torch.zeros(shape.width)
-    return Checkpoint(path, shape, shape, {f"encoder.{key}": tensor for key, tensor in weights.items()})
+    weights = {f"encoder.{key}": tensor for key, tensor in weights.items()}
+    labels, head = ctc_head(named, said, path)
+    if labels:
+        ignored = [key for key in ignored if "lm_head." not in key]
+    if ignored:
+        log.info("%s: left out what the encoder has no use for, %d entries: %s", path, len(ignored), _shown(ignored))
+    return Checkpoint(path, shape, shape, weights | head, "asr" if labels else None, labels)
 
 
-def translate(contents, path):
-    """Foreign keys to ours: a dictionary of our keys, and the list of foreign keys that have no place in an encoder."""
+def nested(contents):
+    """The dictionary, and those in it, six levels deep; a Namespace is one too."""
+    level = [contents]
+    for _ in range(6):
+        yield from level
+        values = [value for holder in level for value in holder.values()]
+        level = [vars(value) if isinstance(value, argparse.Namespace) else value for value in values]
+        level = [value for value in level if isinstance(value, dict)]
+
+
+def translate(named, prefix, path):
+    """Foreign tensors to ours: {our name: tensor}, and the keys that have no place in an encoder."""
     weights, ignored = {}, []
-    for key, tensor in contents.items():
-        ours = next((match.expand(ours) for pattern, ours in KEYS if (match := pattern.fullmatch(str(key)))), None)
-        if ours is not None and isinstance(tensor, torch.Tensor):
-            weights[ours] = tensor.float()
-        elif INSIDE.match(str(key)):
+    for key, tensor in named.items():
+        inner = key.removeprefix(prefix) if key.startswith(prefix) else ""
+        ours = next((match.expand(ours) for pattern, ours in KEYS if (match := pattern.fullmatch(inner))), None)
+        if ours:
+            weights[ours] = numbers(key, tensor, path)
+        elif INSIDE.match(inner):
             other = "does not belong to wav2vec2-base or HuBERT-base; no other architecture is read"
             raise UserError(f"{path}: {_shown([key])} {other}")
-        else:
-            ignored.append(str(key))
-    if not weights:
-        found = _shown(ignored) or "nothing"
-        raise UserError(f"{path}: holds no wav2vec2 of Hugging Face, fairseq, torchaudio or sslprune, but {found}")
+        elif isinstance(tensor, torch.Tensor):
+            ignored.append(key)
+    if (weight := weights.pop("position.weight", None)) is not None:
+        gain = torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True) if weight.dim() == 3 else weight
+        weights["position.weight_v"], weights["position.weight_g"] = weight, gain
     return weights, ignored
 
 
-BASE_LIKE = {  # what a config.json says of wav2vec2-base and HuBERT-base; other values mean another model
-    "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False,
-    "hidden_act": "gelu", "feat_extract_activation": "gelu",
+# What a config.json or fairseq's options say of wav2vec2-base and HuBERT-base; other values mean another model.
+BASE_LIKE = {
+    "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu",
+    "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "feat_proj_layer_norm": True, "add_adapter": False,
+    "layer_norm_first": False, "extractor_mode": "default", "activation_fn": "gelu",
+}  # fmt: skip
+# What tensors do not show: what is assumed, and the names under which Hugging Face and fairseq say it.
+ASSUMED = {
+    "heads of 64": ("num_attention_heads", "encoder_attention_heads"),
+    "wav2vec2-base's strides": ("conv_stride", "conv_feature_layers"),
+    "post-norm order": ("do_stable_layer_norm", "layer_norm_first"),
 }
 
 
-def infer_shape(weights, config, path):
-    """The shape of a model from its tensors (our keys). What they do not tell is base's, or the config.json's."""
+def what_it_says(contents, path):
+    """What a checkpoint says of its model, beside the tensors: its config.json, and fairseq's options in the file."""
+    said, config = {}, path.with_name("config.json")
+    if config.is_file():
+        said = read_json(config)
+    for holder in nested(contents):
+        if any(name in holder for _, name in ASSUMED.values()):
+            said = said | holder
     for name, value in BASE_LIKE.items():
-        if config.get(name, value) != value:
-            said = f"{name} = {_shown([config[name]])}"
-            raise UserError(f"{path}: its config.json has {said}; wav2vec2-base and HuBERT-base have {value}")
+        if said.get(name, value) != value:
+            wrong = f"it says {name} = {_shown([said[name]])}; wav2vec2-base and HuBERT-base have {value}"
+            raise UserError(f"{path}: is of another architecture: {wrong}")
+    assumed = [what for what, names in ASSUMED.items() if not any(name in said for name in names)]
+    if assumed:
+        log.info("%s: does not say otherwise, so these are assumed: %s", path, ", ".join(assumed))
+    return said
+
+
+def infer_shape(weights, said, path):
+    """The shape of a model from its tensors (our keys). What they do not show is base's, or what the file says."""
 
     def sizes(stack, name, dimension):
         """Of this tensor in every member of a stack of modules; a member that lacks it raises KeyError."""
-        numbers = [int(key.split(".")[stack.count(".") + 1]) for key in weights if key.startswith(stack + ".")]
-        if max(numbers, default=0) >= len(weights):
-            raise ValueError(f"{stack} {max(numbers)} is there, and those before it are not")
-        return [weights[f"{stack}.{number}.{name}"].shape[dimension] for number in range(max(numbers, default=-1) + 1)]
+        indices = [int(key.split(".")[stack.count(".") + 1]) for key in weights if key.startswith(stack + ".")]
+        if max(indices, default=0) >= len(weights):
+            raise ValueError(f"{stack} {max(indices)} is there, and those before it are not")
+        return [weights[f"{stack}.{index}.{name}"].shape[dimension] for index in range(max(indices, default=-1) + 1)]
 
     try:
         width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
-        head_width = width // config["num_attention_heads"] if "num_attention_heads" in config else BASE.head_width
+        heads = said.get("num_attention_heads", said.get("encoder_attention_heads", width // BASE.head_width))
+        queries = sizes("layers", "attention.query.weight", 0)
+        layers = said.get("num_hidden_layers", said.get("encoder_layers", len(queries)))
+        if layers != len(queries):
+            raise ValueError(f"it has {len(queries)} layers, and says {layers}")
         return Shape.from_dict({
             "channels": sizes("frontend.convolutions", "weight", 0),
             "kernels": sizes("frontend.convolutions", "weight", 2),
-            "strides": list(config.get("conv_stride", BASE.strides)),
+            "strides": strides(said),
             "width": width,
-            "head_width": head_width,
-            "heads": [rows // head_width for rows in sizes("layers", "attention.query.weight", 0)],
+            "head_width": width // heads,
+            "heads": [rows // (width // heads) for rows in queries],
             "units": sizes("layers", "ffn.input.weight", 0),
             "position_kernel": position[2],
             "position_groups": width // position[1],
@@ -656,3 +826,39 @@ def infer_shape(weights, config, path):
         raise UserError(f"{path}: lacks {error.args[0]}") from error
     except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path}: its tensors do not make a wav2vec2-base-like model ({error})") from error
+
+
+def strides(said):
+    """The convolutions': conv_stride, or the third numbers of fairseq's "[(512, 10, 5)] + [(512, 3, 2)] * 4 + ..."."""
+    if "conv_stride" in said:
+        return list(said["conv_stride"])
+    layers = re.findall(r"\(\d+, *\d+, *(\d+)\)(?:\] *\* *(\d+))?", str(said.get("conv_feature_layers", "")))
+    return [int(stride) for stride, times in layers for _ in range(int(times or 1))] or list(BASE.strides)
+
+
+def ctc_head(named, said, path):
+    """Labels and weights of the head of a Hugging Face CTC model with its vocab.json beside it; else None and {}.
+
+    Its characters become upper case, and its blank the first output.
+    """
+    head = {key.rpartition("lm_")[2]: tensor for key, tensor in named.items() if re.search(r"\blm_head\.\w+$", key)}
+    file = path.with_name("vocab.json")
+    if set(head) != {"head.weight", "head.bias"} or not file.is_file():
+        return None, {}
+    head = {key: numbers(f"lm_{key}", tensor, path) for key, tensor in head.items()}
+    size, tokens = len(head["head.weight"]), read_json(file)
+    labels = [f"<{unit}>" for unit in range(size)]
+    for token, unit in tokens.items():
+        if type(unit) is not int or not 0 <= unit < size or not re.fullmatch(r".|<.+>|\[.+\]", token):
+            log.info("%s: is not a vocabulary of %d characters; the head of %s is left out", file, size, path)
+            return None, {}
+        labels[unit] = token.upper() if len(token.upper()) == 1 else token
+    labels = [data.SPACE if label == " " and data.SPACE not in labels else label for label in labels]
+    blank = said.get("pad_token_id", tokens.get("<pad>", tokens.get("[PAD]", 0)))
+    if not isinstance(blank, int) or not 0 <= blank < size or len(set(labels)) < size:
+        log.info("%s: has no pad_token_id, or a character twice; the head of %s is left out", file, path)
+        return None, {}
+    order = [blank, *(unit for unit in range(size) if unit != blank)]
+    log.info("%s: its CTC head is kept, with the %d labels of %s", path, size, file.name)
+    labels = [data.BLANK, *(labels[unit] for unit in order[1:])]
+    return labels, {key: tensor[order] for key, tensor in head.items()}

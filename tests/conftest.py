@@ -21,6 +21,8 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 TINY = replace(BASE, channels=(8, 12, 10, 8, 6, 9, 7), width=32, head_width=4, heads=(3, 2, 4), units=(20, 12, 16), position_kernel=16, position_groups=4)
 
 
+LETTERS = ["<pad>", "|", *"'ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+
 CONSTRAINED = {  # stated again, from the design: what each method keeps within its budget
     "mac": [lambda c: c.macs],
     "size": [lambda c: c.params],

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from dataclasses import replace
@@ -196,7 +197,7 @@ def test_files_of_something_else_are_refused(tmp_path):
     torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}}, tmp_path / "weights.pt")
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "arguments.pt")
     whole = {f"encoder.{key}": tensor for key, tensor in tiny().state_dict().items()}
-    wrong = {"surplus": ("encoder.extra", torch.ones(1)), "number": (7, torch.ones(1)), "integers": ("encoder.norm.bias", torch.ones(32, dtype=torch.int64)),
+    wrong = {"surplus": ("encoder.extra", torch.ones(1)), "integers": ("encoder.norm.bias", torch.ones(32, dtype=torch.int64)),
              "complex": ("encoder.norm.bias", torch.ones(32, dtype=torch.complex64)), "nan": ("encoder.norm.bias", torch.full((32,), torch.nan))}  # fmt: skip
     for name, (key, tensor) in wrong.items():
         torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": whole | {key: tensor}}, tmp_path / f"weights-{name}.pt")
@@ -271,11 +272,16 @@ def test_names_from_a_file_cannot_steer_a_terminal(tmp_path):
     refused(tmp_path / "escape.pt", "encoder.?[2J")
 
 
-@pytest.mark.parametrize(("name", "value"), [("do_stable_layer_norm", True), ("feat_extract_norm", "layer"), ("conv_bias", True), ("hidden_act", "relu")])
-def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, value):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("do_stable_layer_norm", True), ("feat_extract_norm", "layer"), ("conv_bias", True), ("hidden_act", "relu"), ("layer_norm_eps", 1e-6), ("add_adapter", True), ("num_hidden_layers", 3)],
+)
+@pytest.mark.parametrize("file", ["model.safetensors", "renamed.safetensors"])
+def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, value, file):
     path = write_layout(tmp_path, golden, "hf_base") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    refused(tmp_path / "model.safetensors", name)
+    (tmp_path / "model.safetensors").rename(tmp_path / file)
+    refused(tmp_path / file, "layers" if name == "num_hidden_layers" else name)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"num_attention_heads": 1e400}', '{"conv_stride": [1e400]}', '{"num_attention_heads": 0}', '{"num_attention_heads": "two"}', '{"conv_stride": 5}'])
@@ -283,3 +289,178 @@ def test_a_damaged_config_is_refused(golden, tmp_path, text):
     (write_layout(tmp_path, golden, "hf_base") / "config.json").write_text(text)
     with pytest.raises(UserError):
         load_pretrained(tmp_path)
+
+
+# --- What wraps the keys, and what a file says of itself ---
+
+
+def features(model, golden):
+    with torch.no_grad():
+        return model(golden["waveforms"], golden["lengths"])[0]
+
+
+def wrapped(tensors, how):
+    """The tensors as tools save them."""
+    middle = {"_fsdp_wrapped_module": "encoder.layers.", "_checkpoint_wrapped_module": "encoder.layers."}
+    if how in middle:  # around the whole, and around each layer
+        return {f"{how}." + re.sub(r"^(encoder\.layers\.\d+)\.", rf"\1.{how}.", key): tensor for key, tensor in tensors.items()}
+    if how == "lightning":
+        state = {f"model.wav2vec2.{key}": tensor for key, tensor in tensors.items()} | {"model.classifier.weight": torch.ones(3, 128)}
+        return {"epoch": 3, "global_step": 7, "state_dict": state, "optimizer_states": [{"state": {}}], "hyper_parameters": {"lr": 1e-4}}
+    if how in ("state_dict", "model_state_dict", "model_weight", "model"):
+        return {how: tensors, "step": 3}
+    if how == "deep":
+        return {"checkpoint": {"ema": None, "net": {f"_orig_mod.module.student.{key}": tensor for key, tensor in tensors.items()}}}
+    return {f"{how}.{key}": tensor for key, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "how", ["module", "_orig_mod", "_orig_mod.module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "encoder.backbone", "lightning", "state_dict", "model_state_dict", "model_weight", "model", "deep"]
+)
+@pytest.mark.parametrize("layout", ["hf_base", "torchaudio", "fairseq"])
+def test_whatever_wraps_the_keys_is_seen_through(golden, tmp_path, layout, how):
+    torch.save(wrapped(state_dict(golden, layout), how), tmp_path / "x.ckpt")
+    expected = load_pretrained(write_layout(tmp_path, golden, layout))
+    model = load_pretrained(tmp_path / "x.ckpt")
+    assert torch.equal(features(model, golden), features(expected, golden))
+
+
+def test_two_encoders_in_a_file_are_refused_by_their_names(golden, tmp_path):
+    tensors = state_dict(golden, "hf_base")
+    torch.save({f"{name}.{key}": tensor for name in ("student", "teacher") for key, tensor in tensors.items()}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "student", "teacher")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards_are_put_together_by_their_index(golden, tmp_path, ending):
+    tensors = state_dict(golden, "hf_ctc")
+    names, weight_map = sorted(tensors), {}
+    for shard in range(3):
+        part = {name: tensors[name] for name in names[shard::3]}
+        file = f"{'model' if ending == 'safetensors' else 'pytorch_model'}-{shard}.{ending}"
+        write_safetensors(tmp_path / file, part) if ending == "safetensors" else torch.save(part, tmp_path / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = tmp_path / ("model.safetensors.index.json" if ending == "safetensors" else "pytorch_model.bin.index.json")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    for path in (tmp_path, index):
+        assert (features(load_pretrained(path), golden)[0, :9] - golden["features"][0][:9]).abs().max() < 1e-4
+    (tmp_path / file).unlink()
+    refused(index, file)
+    index.write_text('{"weight_map": 5}')
+    refused(index, "index")
+
+
+@pytest.mark.parametrize(("layout", "key"), [("hf_base", "encoder.pos_conv_embed.conv."), ("fairseq", "encoder.pos_conv.0."), ("torchaudio", "encoder.transformer.pos_conv_embed.conv.")])
+def test_a_positional_weight_without_its_norm_loads(golden, tmp_path, layout, key):
+    tensors = state_dict(golden, layout)
+    expected = load_pretrained(write_layout(tmp_path, golden, layout))
+    v, g = (next(tensors.pop(name) for name in list(tensors) if name.startswith(key) and name.endswith(ends)) for ends in (("weight_v", "original1"), ("weight_g", "original0")))
+    tensors[key + "weight"] = v / v.square().sum((0, 1), keepdim=True).sqrt() * g
+    torch.save(tensors, tmp_path / "x.pt")
+    assert (features(load_pretrained(tmp_path / "x.pt"), golden) - features(expected, golden)).abs().max() < 1e-5
+
+
+def test_heads_of_every_kind_are_left_out_and_named(golden, tmp_path, caplog):
+    """XVector's has an entry that is named as the frontend is."""
+    caplog.set_level("INFO")
+    tensors = state_dict(golden, "hf_ctc")
+    heads = {"feature_extractor.weight": torch.ones(5, 9), "tdnn.0.kernel.weight": torch.ones(4, 4), "projector.bias": torch.ones(4), "layer_weights": torch.ones(3),
+             "num_batches_tracked": torch.tensor(3), "mask": torch.ones(2, dtype=torch.bool), "codes.weight": torch.ones(4, dtype=torch.int8)}  # fmt: skip
+    torch.save(tensors | heads, tmp_path / "x.pt")
+    load_pretrained(tmp_path / "x.pt")
+    assert "feature_extractor.weight" in caplog.text
+    write_safetensors(tmp_path / "x.safetensors", tensors | {key: tensor.float() for key, tensor in heads.items()}, codes={"dtype": "I8", "shape": [0], "data_offsets": [0, 0]})
+    load_pretrained(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_quantized_weights_inside_the_encoder_are_refused_by_name(golden, tmp_path, dtype):
+    key = "encoder.layers.1.attention.k_proj.weight"
+    torch.save(state_dict(golden, "hf_base") | {key: torch.ones(128, 128).to(dtype)}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", key, str(dtype))
+
+
+@pytest.mark.parametrize("where", ["config.json", "args", "cfg", "nested cfg"])
+def test_heads_and_strides_are_what_the_file_says(golden, tmp_path, where):
+    """Four heads of 32, where the golden model has two of 64; the third convolution with a stride of 3."""
+    strides = [5, 2, 3, 2, 2, 2, 2]
+    said = {"encoder_attention_heads": 4, "conv_feature_layers": "[(12, 10, 5)] + [(8, 3, 2)] + [(10, 3, 3)] + [(6, 3, 2)] + [(8, 3, 2), (14, 2, 2), (16, 2, 2)]"}
+    path = tmp_path / "anything.pt"
+    contents = {
+        "config.json": state_dict(golden, "hf_base"),
+        "args": {"args": argparse.Namespace(**said), "model": state_dict(golden, "fairseq")},
+        "cfg": {"args": None, "cfg": {"model": said, "task": {"data": "x"}}, "model": state_dict(golden, "fairseq")},
+        "nested cfg": {"cfg": {"model": {"w2v_args": argparse.Namespace(model=said)}}, "model": state_dict(golden, "fairseq_ctc")},
+    }[where]
+    torch.save(contents, path)
+    if where == "config.json":
+        (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4, "conv_stride": strides}))
+    shape = load_pretrained(path).shape
+    assert (shape.heads, shape.head_width, list(shape.strides)) == ((4, 4), 32, strides)
+
+
+@pytest.mark.parametrize(("name", "value"), [("layer_norm_first", True), ("activation_fn", "relu"), ("extractor_mode", "layer_norm"), ("conv_bias", True), ("encoder_layers", 12)])
+def test_a_fairseq_model_of_another_architecture_is_refused_by_name(golden, tmp_path, name, value):
+    torch.save({"cfg": {"model": {"encoder_attention_heads": 2, name: value}}, "model": state_dict(golden, "fairseq")}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "layers" if name == "encoder_layers" else name)
+
+
+def test_what_has_to_be_assumed_is_said_in_one_line_and_only_then(golden, tmp_path, caplog):
+    caplog.set_level("INFO")
+    load_pretrained(write_layout(tmp_path, golden, "hf_base"))
+    load_pretrained(write_layout(tmp_path, golden, "fairseq"))
+    assert "are assumed" not in caplog.text
+    torch.save(state_dict(golden, "torchaudio"), tmp_path / "folder.pt")
+    (tmp_path / "config.json").unlink()
+    load_pretrained(tmp_path / "folder.pt")
+    (line,) = [record.getMessage() for record in caplog.records if "are assumed" in record.getMessage()]
+    assert all(word in line for word in ("heads of 64", "strides", "norm"))
+
+
+def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 377667514\n")
+        refused(tmp_path / name, "git-lfs", "git lfs pull")
+
+
+def test_the_bare_tensors_of_a_model_of_ours_are_refused_with_what_to_do(tmp_path):
+    torch.save(SpeechModel(tiny(), "slu", ["a"]).state_dict(), tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "shape", "save_model")
+
+
+# --- A fine-tuned CTC model keeps its head ---
+
+
+def write_ctc(folder, golden, tokens, **config):
+    """A CTC model as Hugging Face saves one, its head's bias the numbers of its outputs."""
+    write_layout(folder, golden, "hf_ctc")
+    tensors = state_dict(golden, "hf_ctc")
+    tensors["lm_head.bias"] = torch.arange(11.0)
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "vocab.json").write_text(json.dumps(tokens))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return tensors
+
+
+def test_a_fine_tuned_ctc_model_keeps_its_head_and_vocabulary(golden, tmp_path):
+    tokens = {"[PAD]": 9, "|": 4, "a": 0, "b": 1, "<s>": 2, "é": 3, "'": 5, "d": 6, "[UNK]": 7, "ß": 8}  # and one without a name
+    tensors = write_ctc(tmp_path, golden, tokens, pad_token_id=9)
+    model = load(tmp_path)
+    assert model.task == "asr"
+    assert model.labels == ["<pad>", "A", "B", "<s>", "É", "|", "'", "D", "[UNK]", "ß", "<10>"]
+    with torch.no_grad():
+        scores, frames = model(golden["waveforms"][:1, :3000])
+        hidden = golden["features"][0]
+        expected = hidden @ tensors["lm_head.weight"].T + tensors["lm_head.bias"]
+    assert (scores[0] - expected[:, [9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10]]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [{"th": 0, "<pad>": 1}, {"a": 99}, {"a": "b"}, {"eng": {"a": 0}}, {"a": 0, "A": 1}])
+def test_a_head_of_anything_else_is_left_out_with_a_word(golden, tmp_path, caplog, tokens):
+    caplog.set_level("INFO")
+    write_ctc(tmp_path, golden, tokens)
+    load_pretrained(tmp_path)
+    assert "vocab.json" in caplog.text
+    with pytest.raises(UserError, match="no head"):
+        load(tmp_path)

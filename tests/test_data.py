@@ -1,7 +1,10 @@
 """Audio, corpora in the layouts in which people have them, batches, and error rates worked out by hand."""
 
 import json
+import os
+import re
 import struct
+import threading
 from collections import Counter
 from functools import cache
 
@@ -9,6 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+
+from conftest import LETTERS
 
 import data
 from data import open_corpus
@@ -86,6 +91,53 @@ def test_bad_audio_is_an_error_that_names_file_and_reason(tmp_path, name, how, r
     assert reason in str(info.value)
 
 
+@pytest.mark.parametrize(("ending", "options"), [("wav", {}), ("flac", {}), ("ogg", {}), ("mp3", {}), ("aiff", {}), ("au", {}), ("caf", {}), ("w64", {}), ("opus", {"format": "OGG", "subtype": "OPUS"})])
+@pytest.mark.parametrize("name", ["x", "x.raw", "no ending"])
+def test_audio_of_any_format_is_known_by_what_is_in_it(tmp_path, ending, options, name):
+    soundfile.write(tmp_path / f"x.{ending}", tone(500, 16_000, 1.0), 16_000, **options)
+    expected, _ = soundfile.read(tmp_path / f"x.{ending}", dtype="float32")
+    path = tmp_path / (name + f".{ending}" if name == "x" else name)
+    (tmp_path / f"x.{ending}").rename(path)
+    assert np.allclose(data.read_audio(path), expected, atol=1e-5)
+    assert data.measured(data.Utterance("", path, 0.0, "a"), "asr", set()).seconds == pytest.approx(len(expected) / 16_000)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff", "au", "caf"])
+@pytest.mark.parametrize("share", [0.5, 0.97])
+def test_shortened_audio_is_not_taken_for_a_whole_one(tmp_path, ending, share):
+    path = tmp_path / f"x.{ending}"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 48_000), 16_000)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"x\.\w+: is (truncated|not readable)"):
+        data.read_audio(path)
+
+
+def test_telephony_audio_that_cannot_be_sought_in_is_read(tmp_path):
+    soundfile.write(tmp_path / "x.wav", tone(500, 8_000, 2.0), 8_000, format="WAV", subtype="GSM610")
+    samples = data.read_audio(tmp_path / "x.wav")
+    assert np.corrcoef(samples[:32_000], tone(500, 16_000, 2.0))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("size", [2**32 - 1, 2**31 - 1, 2**31 - 2**12])
+def test_a_header_of_unknown_length_as_a_pipe_has_it_is_read_to_the_end(tmp_path, size):
+    soundfile.write(tmp_path / "x.wav", tone(500, 16_000), 16_000)
+    whole = bytearray((tmp_path / "x.wav").read_bytes())
+    for place in (4, whole.index(b"data") + 4):
+        whole[place : place + 4] = struct.pack("<I", size)
+    expected = data.read_audio(tmp_path / "x.wav")
+    (tmp_path / "pipe.wav").write_bytes(whole)
+    assert np.array_equal(data.read_audio(tmp_path / "pipe.wav"), expected)
+
+
+def test_a_pipe_is_read(tmp_path):
+    soundfile.write(tmp_path / "x.wav", tone(500, 16_000), 16_000)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes((tmp_path / "x.wav").read_bytes()))
+    writer.start()
+    assert np.array_equal(data.read_audio(tmp_path / "pipe"), data.read_audio(tmp_path / "x.wav"))
+    writer.join()
+
+
 # --- Batches ---
 
 
@@ -130,34 +182,47 @@ def test_loading_pads_and_leaves_out_what_it_cannot_read(tmp_path):
 # --- Text and errors ---
 
 
-def test_the_vocabulary_is_wav2vec2s():
-    assert data.VOCABULARY[:8] == ["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T", "A"]
-    assert len(data.VOCABULARY) == 32
-    assert sorted(data.VOCABULARY[5:]) == sorted("ABCDEFGHIJKLMNOPQRSTUVWXYZ'")
+def test_the_vocabulary_is_the_blank_the_space_and_what_the_transcripts_hold():
+    assert data.vocabulary(["ŒUVRE 3", "Ø'1"]) == ["<pad>", "|", *sorted("ŒUVRE3Ø'1".replace("E", "", 1) + "E")][: 2 + len(set("ŒUVRE3Ø'1"))]
+    assert data.vocabulary(["ДА НЕТ"]) == ["<pad>", "|", *"АДЕНТ"]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("what's  new?", "WHAT'S NEW"), ("it\u2019s caf\u00e9-time", "IT'S CAFE TIME"), ("  ", ""), ("a\x00b\n\tc\u202e", "A B C"), ("na\u00efve stra\u00dfe", "NAIVE STRASSE")],
+    [
+        ("what's  new?", "WHAT'S NEW"),
+        ("it\u2019s caf\u00e9-time", "IT'S CAFÉ TIME"),
+        ("rock`n\u00b4roll \u02bcn", "ROCK'N'ROLL 'N"),
+        ("cafe\u0301", "CAFÉ"),  # composed
+        ("  ", ""),
+        ("a\x00b\n\tc\u202e", "A B C"),
+        ("naïve straße", "NAÏVE STRASSE"),
+        ("œuvre, ørsted; 42 % von 007", "ŒUVRE ØRSTED 42 VON 007"),
+        ("Да, нет!", "ДА НЕТ"),
+        ("हिन्दी", "हिन्दी"),  # vowel signs are marks
+        ("１２ ﬁne", "12 FINE"),
+        ("日本語。", "日本語"),
+    ],
 )
-def test_transcripts_are_normalised(text, expected):
+def test_transcripts_keep_letters_marks_digits_and_apostrophes_of_any_script(text, expected):
     assert data.normalise(text) == expected
 
 
 def test_decoding_collapses_repeats_and_then_removes_blanks():
-    units = {character: index for index, character in enumerate(data.VOCABULARY)}
-    spoken = "HH_E_LL_LO||_W_OO_O" # "_" is a blank
+    units = {character: index for index, character in enumerate(LETTERS)}
+    spoken = "HH_E_LL_LO||_W_OO_O"  # "_" is a blank
     frames = torch.tensor([0 if c == "_" else units[c] for c in spoken])
-    assert data.decode(frames) == "HELLO WOO"
-    assert data.decode(torch.tensor([0, 1, 2, 3, 4, 4, 0])) == ""
-    assert data.decode(data.encode("IT'S A Q")) == "IT'S A Q"
+    assert data.decode(frames, LETTERS) == "HELLO WOO"
+    assert data.decode(data.encode("IT'S A Q", units), LETTERS) == "IT'S A Q"
+    others = ["<pad>", "<s>", "[UNK]", "|", "A"]
+    assert data.decode(torch.tensor([0, 1, 2, 3, 3, 4, 1, 4, 0]), others) == "AA"
 
 
 @pytest.mark.parametrize("text", ["HELLO ALL", "A", "AAB", "ABAB", "SEE ME"])
 def test_frames_needed_is_where_ctc_becomes_possible(text):
-    target = data.encode(text)
+    target = data.encode(text, {character: index for index, character in enumerate(LETTERS)})
     for frames, possible in ((data.frames_needed(text), True), (data.frames_needed(text) - 1, False)):
-        log_probabilities = torch.zeros(frames, 1, 32).log_softmax(2)
+        log_probabilities = torch.zeros(frames, 1, len(LETTERS)).log_softmax(2)
         loss = torch.nn.functional.ctc_loss(log_probabilities, target, torch.tensor([frames]), torch.tensor([len(target)])) if frames else torch.tensor(torch.inf)
         assert loss.isfinite() == possible
 
@@ -222,7 +287,7 @@ def test_text_files_may_have_a_byte_order_mark_blank_lines_and_other_line_ends(t
     (tmp_path / "manifest.jsonl").write_text("{}")  # which does not make it SLURP's
     path = tmp_path / "train-clean-100" / "84" / "121123" / "84-121123.trans.txt"
     lines = path.read_text().splitlines()
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join([*lines, "???"]).encode())
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join([*lines, "../x GO"]).encode())
     corpus = open_corpus(tmp_path, "asr", skip_bad=True)
     assert [u.text for u in corpus.train] == ["GO ON NUMBER A", "GO ON NUMBER B", "GO ON NUMBER C"]
     assert "line 7 is not" in caplog.text
@@ -230,6 +295,149 @@ def test_text_files_may_have_a_byte_order_mark_blank_lines_and_other_line_ends(t
     path = tmp_path / "slurp" / "dataset" / "slurp" / "test.jsonl"
     path.write_text(path.read_text().replace("will it rain", "will it\u2028rain\u0085"))
     assert open_corpus(tmp_path / "slurp", "asr").test[0].text == "WILL IT RAIN"
+
+
+def test_librispeech_with_other_audio_ids_and_white_space(tmp_path):
+    make_librispeech(tmp_path)
+    folder = tmp_path / "train-clean-100" / "84" / "121123"
+    for i, ending in enumerate(("wav", "ogg", "mp3")):
+        (folder / f"84-121123-{i:04}.flac").unlink()
+        speak(folder / f"a.b.{i}.{ending}")
+    (folder / "84-121123.trans.txt").write_text("a.b.0\tONE\na.b.1 \t  TWO  THREE \r\n\na.b.2 FOUR\n")
+    corpus = open_corpus(tmp_path, "asr")
+    assert [(u.name, u.text, u.speaker) for u in corpus.train] == [("a.b.0", "ONE", "84"), ("a.b.1", "TWO THREE", "84"), ("a.b.2", "FOUR", "84")]
+
+
+# --- Tables and Kaldi data directories ---
+
+
+def make_table(root, splits=("train", "dev", "test"), columns=("path", "sentence", "intent", "client_id"), clips="clips", count=12, names=None):
+    """As Common Voice has them, with other columns and quotation marks; three speakers."""
+    for split in splits:
+        rows = ["\t".join(["up_votes", *columns, "locale"])]
+        for i in range(count):
+            speak(root / clips / f"{split}-{i}.mp3")
+            values = {"path": f"{split}-{i}.mp3", "sentence": f'"Grüß Gott, Nummer {i % 3}', "text": f"Grüß Gott, Nummer {i % 3}", "intent": ("gruß", "frage")[i % 2]}
+            rows.append("\t".join(["2", *(values.get(column, f"speaker{i % 3}") for column in columns), "de"]))
+        (root / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("columns", [("path", "sentence", "intent", "client_id"), ("intent", "text", "speaker", "path")])
+@pytest.mark.parametrize("clips", ["clips", "."])
+def test_a_table(tmp_path, columns, clips):
+    root = make_table(tmp_path, columns=columns, clips=clips)
+    for task in ("asr", "slu"):
+        corpus = open_corpus(root, task)
+        assert [len(split) for split in (corpus.train, corpus.dev, corpus.test)] == [12, 12, 12]
+        first = corpus.dev[1]
+        assert (first.name, first.text, first.intent, first.speaker) == ("dev-1.mp3", "GRÜSS GOTT NUMMER 1", "frage", "speaker1")
+        assert first.seconds == pytest.approx(0.5, abs=0.01)
+    assert data.vocabulary(u.text for u in corpus.train) == ["<pad>", "|", *sorted("GRÜSOTNUME012")]
+
+
+def test_subsets_of_a_table_are_named_by_flags_and_joined(tmp_path):
+    root = make_table(tmp_path, splits=("validated", "other", "dev", "test"))
+    corpus = open_corpus(root, "asr", subsets={"train": "validated,other"})
+    assert len(corpus.train) == 24
+    with pytest.raises(UserError, match=r"train\.tsv.*--train"):
+        open_corpus(root, "asr")
+    with pytest.raises(UserError, match=r"invalidated\.tsv.*--dev"):
+        open_corpus(root, "asr", subsets={"train": "other", "dev": "invalidated"})
+
+
+@pytest.mark.parametrize(("columns", "task", "words"), [(("text",), "asr", "path"), (("path", "intent"), "asr", "sentence or text"), (("path", "text"), "slu", "intent")])
+def test_a_table_without_a_column_that_is_needed_is_refused(tmp_path, columns, task, words):
+    with pytest.raises(UserError, match=rf"train\.tsv.*{words}"):
+        open_corpus(make_table(tmp_path, columns=columns), task)
+
+
+def test_rows_of_a_table_that_cannot_be_used_are_skipped_with_their_reason(tmp_path):
+    root = make_table(tmp_path)
+    path = root / "train.tsv"
+    path.write_text(path.read_text() + "2\tmissing.mp3\ta\tb\tc\td\n2\ttrain-0.mp3\n2\ttrain-0.mp3\t...\tb\tc\td\n")
+    corpus = open_corpus(root, "asr", skip_bad=True)
+    assert len(corpus.train) == 12
+    assert [word in reason for word, reason in zip(("missing.mp3: is missing", "line 15", "transcript is empty"), corpus.skipped)] == [True] * 3
+    path.write_text(path.read_text() + "2\ttrain-1.mp3\ta\t \tc\td\n")
+    assert any("intent" in reason for reason in open_corpus(root, "slu", skip_bad=True).skipped)
+    for text in ("", "\n", "path\tsentence\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"train"):
+            open_corpus(root, "asr")
+
+
+def test_without_a_dev_split_every_tenth_speaker_is_lent_and_it_is_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = make_table(tmp_path, splits=("train", "test"), count=33)
+    path = root / "train.tsv"
+    path.write_text(re.sub(r"speaker\d", lambda match, n=iter(range(33)): f"speaker{next(n) // 3:02}", path.read_text()))  # eleven, each with three
+    corpus = open_corpus(root, "asr")
+    assert sorted({u.speaker for u in corpus.dev}) == ["speaker00", "speaker10"]
+    assert (len(corpus.dev), len(corpus.train), corpus.size) == (6, 27, 66)
+    assert not {u.speaker for u in corpus.dev} & {u.speaker for u in corpus.train}
+    assert "no dev split" in caplog.text
+    evaluated = open_corpus(root, "asr", splits=("dev", "test"))
+    assert evaluated.dev == corpus.dev
+    for header in ("client_id", "x"):  # one speaker, and none
+        path.write_text(re.sub(r"speaker\d+", "same", path.read_text()).replace("client_id", header))
+        corpus = open_corpus(root, "asr")
+        assert (len(corpus.dev), len(corpus.train)) == (4, 29)
+
+
+def make_kaldi(root, splits=("train", "dev", "test"), count=4):
+    for split in splits:
+        folder = root / split
+        folder.mkdir(parents=True)
+        lines = {name: [] for name in ("wav.scp", "text", "utt2spk", "utt2intent")}
+        for i in range(count):
+            name = f"{split}.u-{i}"
+            speak(root / "WAVE" / split / f"{name}.WAV")
+            lines["wav.scp"].append(f"{name}\tWAVE/{split}/{name}.WAV")
+            lines["text"].append(f"{name} ПРИВЕТ {i}")
+            lines["utt2spk"].append(f"{name} s{i % 2}")
+            lines["utt2intent"].append(f"{name} {('hello', 'bye')[i % 2]}")
+        for name, found in lines.items():
+            (folder / name).write_text("\n".join(found) + "\n", encoding="utf-8")
+    return root
+
+
+def test_a_kaldi_data_directory(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = make_kaldi(tmp_path)
+    corpus = open_corpus(root, "asr")
+    assert [(u.name, u.text, u.speaker) for u in corpus.dev] == [(f"dev.u-{i}", f"ПРИВЕТ {i}", f"s{i % 2}") for i in range(4)]
+    assert [u.intent for u in open_corpus(root, "slu").test] == ["hello", "bye"] * 2
+    for folder in ("train", "dev", "test"):
+        for file in ("utt2spk", "utt2intent"):
+            (root / folder / file).unlink()
+    assert open_corpus(root, "asr").dev[0].speaker == ""
+    assert "utt2intent" not in caplog.text
+    assert open_corpus(root, "slu").test[1].intent == "ПРИВЕТ 1"
+    assert "has no utt2intent" in caplog.text
+
+
+def test_a_command_in_wav_scp_is_refused_and_never_run(tmp_path):
+    root, trap = make_kaldi(tmp_path), tmp_path / "trap"
+    path = root / "train" / "wav.scp"
+    path.write_text(path.read_text().replace("WAVE/train/train.u-2.WAV", f"touch {trap} |"))
+    corpus = open_corpus(root, "asr", skip_bad=True)
+    assert [u.name for u in corpus.train] == ["train.u-0", "train.u-1", "train.u-3"]
+    (reason,) = corpus.skipped
+    assert "train.u-2" in reason and "command" in reason
+    assert not trap.exists()
+
+
+def test_a_kaldi_data_directory_that_cannot_be_used_says_why(tmp_path):
+    root = make_kaldi(tmp_path)
+    path = root / "train" / "text"
+    path.write_text(path.read_text().replace("train.u-1 ", "train.u-7 ").replace("ПРИВЕТ 3", ""))
+    corpus = open_corpus(root, "asr", skip_bad=True)
+    assert ["train.u-1" in reason for reason in corpus.skipped] == [True, False]
+    assert "train.u-3: its transcript is empty" in list(corpus.skipped)[1]
+    (root / "dev" / "segments").write_text("a b 0 1\n")
+    with pytest.raises(UserError, match="segments"):
+        open_corpus(root, "asr")
 
 
 def make_slurp(root, audio="slurp_real", count=3):
@@ -286,7 +494,7 @@ def test_a_malformed_annotation_is_skipped_with_its_line(tmp_path, line):
     assert len(open_corpus(tmp_path, "slu", skip_bad=True).train) == 6
 
 
-@pytest.mark.parametrize(("rate", "channels", "frames"), [(16_000, 1, 2**31 - 100), (1, 1, 8_000), (2**31 - 1, 1, 8_000), (16_000, 2_000, 10**6)])
+@pytest.mark.parametrize(("rate", "channels", "frames"), [(16_000, 1, 2**30), (1, 1, 8_000), (2**31 - 1, 1, 8_000), (16_000, 2_000, 10**6)])
 def test_audio_headers_that_promise_too_much_are_refused_before_anything_is_allocated(tmp_path, rate, channels, frames):
     path = tmp_path / "x.wav"
     size = min(2**32 - 100, frames * channels)
@@ -296,9 +504,7 @@ def test_audio_headers_that_promise_too_much_are_refused_before_anything_is_allo
         data.read_audio(path)
     if (rate, channels) != (16_000, 1):  # of that one, libsndfile tells what the file really holds
         with pytest.raises(UserError, match="no recording of speech|not readable"):
-            data._checked(data.Utterance("x", path, 0.0), "slu", set())
-    with pytest.raises(UserError, match="3600"):
-        data.check_length(path, 16_000 * 3601, 16_000, 1)
+            data.measured(data.Utterance("x", path, 0.0), "slu", set())
 
 
 def test_what_is_skipped_is_said_without_control_characters(caplog):

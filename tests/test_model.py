@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, tiny
+from conftest import LETTERS, TINY, tiny
 from torch import nn
 
 import data
@@ -369,12 +369,12 @@ def test_intents_of_a_padded_batch_are_those_of_each_utterance_alone():
 
 
 def test_the_loss_of_ctc_is_the_mean_over_utterances_of_the_loss_per_character():
-    model, waveforms, lengths = SpeechModel(tiny(), "asr", data.VOCABULARY).eval(), torch.randn(2, 9_000), torch.tensor([9_000, 6_000])
+    model, waveforms, lengths = SpeechModel(tiny(), "asr", LETTERS).eval(), torch.randn(2, 9_000), torch.tensor([9_000, 6_000])
     batch, by_hand = utterances("no", "so long"), []
     with torch.no_grad():
         for utterance, waveform, n in zip(batch, waveforms, lengths):
             scores, frames = model(waveform[None, :n])
-            target = torch.tensor([data.VOCABULARY.index("|" if c == " " else c) for c in utterance.text])
+            target = torch.tensor([LETTERS.index("|" if c == " " else c) for c in utterance.text])
             loss = F.ctc_loss(scores[0].log_softmax(1), target, frames[0], torch.tensor(len(target)), reduction="sum")
             by_hand.append(loss.item() / len(target))
         assert model.loss(waveforms, lengths, batch).item() == pytest.approx(sum(by_hand) / 2, rel=1e-4)

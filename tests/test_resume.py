@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, TINY, tiny
+from conftest import HERE, LETTERS, TINY, tiny
 from test_data import make_bad, make_librispeech, make_slurp
 from test_script import FAST, MAIN, command, refused, report_of, run, small  # noqa: F401
 
@@ -32,7 +32,8 @@ def outcome(out):
     """What a run leaves, without the times."""
     report = report_of(out)
     del report["train_seconds"], report["dense"]["seconds"], report["pruned"]["seconds"]
-    return (out / "model.pt").read_bytes(), (out / "dense.pt").read_bytes() if (out / "dense.pt").exists() else None, report
+    names = ("model.pt", "dense.pt", "metrics.jsonl", "curve.svg", "dev.tsv", "test.tsv")
+    return report, *((out / name).read_bytes() if (out / name).exists() else None for name in names)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_a_disk_that_fills_up_while_training_leaves_the_last_state(tmp_path):
     arguments = ["--task", "asr", "--budget", "0.8", *FAST, "--out", str(out)]
     result = subprocess.run([sys.executable, "-c", SLOW + limit + code, *arguments], capture_output=True, text=True, check=False)
     refused((result.returncode, result.stdout, result.stderr), "training.state", "large")
-    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "training.state"]
+    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "metrics.jsonl", "training.state"]
     result = subprocess.run([sys.executable, "-c", SLOW + code, *arguments, "--resume"], capture_output=True, text=True, check=False)
     assert result.returncode == 0
     assert "goes on at dense 0/2" in result.stdout
@@ -221,7 +222,7 @@ def test_two_processes_have_equal_weights_and_gates_and_the_evaluation_of_one(tm
     report = report_of(tmp_path / "run")
     assert report["processes"] == 2
     model = sslprune.load(tmp_path / "run" / "model.pt")
-    alone = sslprune.evaluate(model, data.open_corpus(corpus, "asr"), "test", 6.0)
+    alone, _ = sslprune.evaluate(model, data.open_corpus(corpus, "asr"), "test", 6.0)
     assert report["metrics"]["pruned"]["test"] == alone
 
 
@@ -252,7 +253,7 @@ def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, cap
                 patch.setattr(sslprune, "rank", lambda: rank)
                 patch.setattr(sslprune, "gather", lambda item: [item] * ranks)
                 patch.setattr(sslprune, "add_up", lambda tensors: tensors[0][1].fill_(1))  # some process had a batch
-                patch.setattr(sslprune, "evaluate", lambda *a: {"word_error_rate": 0.0})
+                patch.setattr(sslprune, "evaluate", lambda *a: ({"word_error_rate": 0.0}, []))
                 patch.setattr(sslprune, "write", lambda *a: None)
                 patch.setattr(sslprune, "load_batches", lambda *a: loads.append([tuple(u.name for u in b) for b in a[0]]) or load_batches(*a))
                 patch.setattr(sslprune, "mean_gradients", lambda run, losses: counts.append(len(losses)) or mean_gradients(run, losses))
@@ -344,7 +345,7 @@ def test_updates_that_are_not_finite_now_and_then_do_not_stop_the_run(small, cap
 
 
 def test_ctc_with_too_few_frames_is_finite():
-    model = sslprune.SpeechModel(tiny(), "asr", data.VOCABULARY)
+    model = sslprune.SpeechModel(tiny(), "asr", LETTERS)
     waveforms, batch = torch.randn(2, 720), [data.Utterance("", None, 0.045, text) for text in ("A", "FAR TOO LONG FOR TWO FRAMES")]
     loss = model.loss(waveforms, torch.tensor([720, 720]), batch)
     loss.backward()

@@ -76,7 +76,8 @@ def test_a_whole_run(small, capsys, tmp_path, task, method):
     assert (c.macs, c.params) == (report["pruned"]["macs"], report["pruned"]["params"])
     assert sum(p.numel() for p in model.encoder.parameters()) == c.params
     assert not any(name.endswith("log_alpha") for name in model.state_dict())
-    assert sorted(path.name for path in out.iterdir()) == ["dense.pt", "log.txt", "model.pt", "report.json", "training.state"]
+    files = ["curve.svg", "dense.pt", "dev.tsv", "log.txt", "metrics.jsonl", "model.pt", "report.json", "test.tsv", "training.state"]
+    assert sorted(path.name for path in out.iterdir()) == files
     log = (out / "log.txt").read_text()
     for line in ("phase 1 of 3, dense", "phase 2 of 3, prune", "phase 3 of 3, finetune", "what each layer kept", "forward (10 s of audio)"):
         assert line in printed
@@ -288,7 +289,7 @@ def test_scenario_and_action_are_counted_by_themselves(monkeypatch):
     corpus = data.Corpus("x", test=[data.Utterance(str(i), noise[i], 0.05, "", intent) for i, intent in enumerate(intents)])
     said = iter([["iot_hue_lighton"], ["iot_hue_lighton"], ["audio_volume_up"], ["audio_volume_up"]])
     monkeypatch.setattr(model, "transcribe", lambda waveforms, lengths: next(said))
-    metrics = sslprune.evaluate(model, corpus, "test", 0.05)
+    metrics, rows = sslprune.evaluate(model, corpus, "test", 0.05)
     assert metrics == {"intent_accuracy": 0.5, "scenario_accuracy": 0.75, "action_accuracy": 0.5}
 
 
@@ -318,7 +319,7 @@ def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp
         make_bad(folder / "bad.wav", how)
         if how != "missing":
             (folder / "bad.wav").rename(folder / f"84-121123-{i:04}.flac")
-    lines[6] = "84-121123-0006 \x1b[2;5..."
+    lines[6] = "84-121123-0006 \x1b[;..."
     lines[7] = "84-121123-0007 " + "NO TIME FOR SO MUCH " * 20
     lines[8] = "../../../etc/passwd GO ON"
     (folder / "84-121123-0009.flac").unlink()

@@ -1,0 +1,146 @@
+"""A loaded model is a plain nn.Module: the tools that people deploy with take it, dense and pruned, at any size."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import LETTERS, TINY, tiny
+from test_script import run
+
+import data
+import sslprune
+from gates import KINDS
+from transformer import SpeechModel, Wav2Vec2
+
+MODELS = {
+    "dense": lambda: tiny(),
+    "pruned": lambda: tiny(KINDS["mac"], spread=2.0).slice(),
+    "without heads here and units there": lambda: Wav2Vec2(TINY.with_counts({("heads", 1): 0, ("units", 2): 0})).eval(),
+}
+SIZES = [(1, 400), (2, 719), (1, 16_000), (3, 5_000), (5, 12_345)]
+
+
+@pytest.fixture(params=MODELS)
+def encoder(request):
+    return MODELS[request.param]()
+
+
+@pytest.fixture(params=["asr", "slu"])
+def model(encoder, request):
+    return SpeechModel(encoder, request.param, LETTERS).eval()
+
+
+def batch(utterances, samples):
+    torch.manual_seed(samples)
+    lengths = torch.randint(400, samples + 1, (utterances,))
+    lengths[0] = samples
+    return torch.randn(utterances, samples), lengths
+
+
+@torch.no_grad()
+def check(tool, model, sizes=SIZES, atol=1e-5):
+    for size in sizes:
+        waveforms, lengths = batch(*size)
+        (scores, frames), (expected, expected_frames) = tool(waveforms, lengths), model(waveforms, lengths)
+        assert torch.equal(frames, expected_frames)
+        assert (scores[:, : expected.shape[1]] - expected).abs().max() < atol
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_gives_the_eager_output_at_any_size(model):
+    check(torch.jit.trace(model, batch(2, 9_000), check_trace=False), model)
+    traced = torch.jit.trace(model, torch.randn(1, 9_000), check_trace=False)  # without lengths: nothing is padded
+    with torch.no_grad():
+        for size in SIZES:
+            waveforms = torch.randn(*size)
+            for found, expected in zip(traced(waveforms), model(waveforms)):
+                assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_is_traced_by_itself(encoder):
+    check(torch.jit.trace(encoder, batch(2, 9_000), check_trace=False), encoder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("encoder", "task"), list(zip(MODELS, ["asr", "slu", "asr"])))
+def test_an_exported_program_loads_with_torch_alone_and_transcribes_a_recording(capsys, tmp_path, encoder, task):
+    model = SpeechModel(MODELS[encoder](), task, LETTERS).eval()
+    sslprune.save_model(model, tmp_path / "model.pt")
+    assert run(capsys, "--export", tmp_path / "model.pt", tmp_path / "model.pt2") == (0, "", "")
+    labels = {"labels.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=labels).module()
+    assert json.loads(labels["labels.json"]) == LETTERS
+    check(program, model)
+    recording = data.synthesise(["seven"], np.random.default_rng(0))
+    soundfile.write(tmp_path / "x.wav", recording, 16_000, subtype="FLOAT")
+    torch.save(torch.from_numpy(data.waveform(data.Utterance("", recording, 1.0))), tmp_path / "waveform.pt")
+    code = (
+        "import sys, torch\n"
+        "labels = {'labels.json': ''}\n"
+        "model = torch.export.load(sys.argv[1] + '/model.pt2', extra_files=labels).module()\n"
+        "waveform = torch.load(sys.argv[1] + '/waveform.pt')\n"
+        "scores, frames = model(waveform[None], torch.tensor([len(waveform)]))\n"
+        "assert not {'transformer', 'sslprune', 'flops', 'data'} & set(sys.modules)\n"
+        "print(scores.argmax(-1)[0].tolist(), frames.item())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
+    units, frames = result.stdout.rsplit(" ", 1)
+    units = torch.tensor(json.loads(units))
+    found = LETTERS[units] if model.task == "slu" else data.decode(units[: int(frames)], LETTERS)
+    assert model.predict(tmp_path / "x.wav") == [found]
+
+
+@pytest.mark.parametrize(("encoder", "task"), [("dense", "asr"), ("pruned", "slu")])
+def test_a_compiled_model_gives_the_eager_output(encoder, task):
+    """By the whole of torch.compile where there is a compiler, else up to the graph."""
+    torch._dynamo.reset()
+    model, compiler = SpeechModel(MODELS[encoder](), task, LETTERS).eval(), shutil.which("g++") and encoder == "dense"
+    check(torch.compile(model, backend="inductor" if compiler else "aot_eager", dynamic=True), model, SIZES[2:])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dynamically_quantized_model_is_close_and_made_of_quantized_layers(model):
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    kind = torch.ao.nn.quantized.dynamic.Linear
+    assert [name for name, module in quantized.named_modules() if isinstance(module, kind)] == linear
+    with torch.no_grad():
+        for size in SIZES:
+            (found, _), (expected, _) = quantized(*batch(*size)), model(*batch(*size))
+            assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_hooks_fire_once_for_every_layer(model):
+    calls = {}
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
+    model(*batch(2, 5_000))
+    leaves = {name for name, module in model.named_modules() if not list(module.children())}
+    unused = {f"encoder.layers.{i}.ffn.dropout" for i, units in enumerate(model.encoder.shape.units) if not units}
+    assert set(calls) == leaves - unused
+    assert {count for name, count in calls.items() if "dropout" not in name} == {1}
+
+
+def test_every_linear_layer_says_its_sizes(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+        if isinstance(module, torch.nn.Conv1d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels)
+
+
+def test_a_model_survives_pickling_by_torch(model):
+    with warnings.catch_warnings(action="ignore"):
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        check(torch.load(buffer, weights_only=False), model, SIZES[:2])

@@ -1,0 +1,150 @@
+"""What users do with the program: their corpora, their fine-tuned models, their runs watched, their long recordings."""
+
+import json
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import LETTERS, tiny
+from test_checkpoints import write_ctc
+from test_data import make_kaldi, make_librispeech, make_table
+from test_script import FAST, report_of, run, small  # noqa: F401
+
+import data
+import sslprune
+import transformer
+from flops import UserError
+
+
+def test_the_run_is_watched(small, capsys, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    updates = ["--dense-updates", "4", "--prune-updates", "8", "--finetune-updates", "4", "--evaluate-updates", "3", "--warmup-share", "0.5"]
+    status, printed, _ = run(capsys, "--task", "asr", "--budget", "0.8", "--method", "sepsize", "--out", out, *updates)
+    assert status == 0
+    entries, report = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], report_of(out)
+    moments = [("dense", 3), ("dense", 4), ("prune", 0), ("prune", 3), ("prune", 6), ("prune", 8), ("finetune", 0), ("finetune", 3), ("finetune", 4)]
+    assert [(entry["phase"], entry["update"]) for entry in entries] == moments
+    for entry in entries:
+        assert list(entry) == ["phase", "update", "loss", "lr", "target", "expected", "multipliers", "dev"]
+        assert (entry["loss"] is None) == (entry["update"] == 0)
+        assert (entry["multipliers"] is None) == (entry["phase"] != "prune")
+    targets = [1, 1, 1, 1 - 0.2 * 0.75, 0.8, 0.8, 0.8, 0.8, 0.8]
+    assert [entry["target"] for entry in entries] == pytest.approx(targets)
+    assert entries[1]["dev"] == report["metrics"]["dense"]["dev"]["word_error_rate"]
+    assert entries[-1]["dev"] == report["metric"]["dev"]
+    assert entries[5]["expected"] == report["expected"]
+    assert entries[0]["expected"] == [1, 1]
+    assert entries[6]["expected"] == entries[8]["expected"] == report["kept"]  # right after slicing
+    assert re.search(r"prune 6/8 .*dev word error rate \d+\.\d\d%.*expected to keep 0\.\d+, 0\.\d+ \(target 0\.800\)", printed)
+    picture = ElementTree.parse(out / "curve.svg").getroot()
+    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [9] * 4  # the error, two expected costs and the target
+    xs = [float(point.split(",")[0]) for point in lines[0].get("points").split()]
+    assert xs == sorted(xs) and xs[-1] == 650
+
+
+def test_evaluation_while_training_changes_nothing(small, capsys, tmp_path):  # noqa: F811
+    for name, every in (("a", "1"), ("b", "0")):
+        arguments = ["--task", "slu", "--budget", "0.8", "--layer-drop", "0.3", "--time-mask", "0.3", "--evaluate-updates", every, *FAST]
+        assert run(capsys, *arguments, "--out", tmp_path / name)[0] == 0
+    assert (tmp_path / "a" / "model.pt").read_bytes() == (tmp_path / "b" / "model.pt").read_bytes()
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in "ab"]
+    assert lines == [8, 2]  # of b, what the report has anyway
+
+
+@pytest.mark.parametrize(("make", "task", "words"), [(make_table, "asr", "GRÜSS"), (make_table, "slu", "frage"), (make_kaldi, "asr", "ПРИВЕТ"), (make_kaldi, "slu", "hello")])
+def test_users_own_corpora_run_end_to_end(small, capsys, tmp_path, make, task, words):  # noqa: F811
+    corpus = make(tmp_path / "corpus", splits=("train", "test"), count=20)
+    status, printed, errors = run(capsys, "--task", task, "--budget", "0.8", "--data", corpus, "--out", tmp_path / "out", *FAST)
+    assert (status, errors) == (0, "")
+    assert "no dev split" in printed
+    assert words in (tmp_path / "out" / "test.tsv").read_text()
+    recording = next(path for path in corpus.rglob("*") if path.suffix in (".mp3", ".WAV"))
+    assert run(capsys, "--predict", tmp_path / "out" / "model.pt", recording)[0] == 0
+    assert run(capsys, "--evaluate", tmp_path / "out" / "model.pt", "--data", corpus)[0] == 0
+
+
+def test_a_fine_tuned_ctc_model_is_used_as_it_is_and_pruned_from_where_it_is(golden, capsys, tmp_path):
+    """Its head is kept, its error measured before pruning, and outputs are added for characters that it lacks."""
+    (tmp_path / "from").mkdir()
+    letters = dict(zip("|GONUMBER A"[:9], range(9)))
+    write_ctc(tmp_path / "from", golden, letters | {"<pad>": 10, "[UNK]": 9}, pad_token_id=10)
+    corpus = make_librispeech(tmp_path / "LibriSpeech")
+    recording = next(corpus.rglob("*.flac"))
+    status, printed, _ = run(capsys, "--predict", tmp_path / "from", recording)
+    assert status == 0
+    assert set(printed.partition("\t")[2].strip()) <= set("GONUMBER ")
+    arguments = ["--task", "asr", "--budget", "0.8", "--method", "size", "--checkpoint", tmp_path / "from", "--data", corpus, "--out", tmp_path / "out", *FAST[2:]]
+    status, printed, errors = run(capsys, *arguments)
+    assert (status, errors) == (0, "")
+    assert "has no output for A C" in printed
+    assert "word_error_rate" in report_of(tmp_path / "out")["metrics"]["dense"]["test"]
+    assert printed.index("dense: dev") < printed.index("phase 1 of 2, prune")
+    labels = sslprune.load(tmp_path / "out" / "model.pt").labels
+    assert labels[:2] == ["<pad>", "|"]
+    assert {"[UNK]", "A", "C", "G"} <= set(labels)
+
+
+def test_added_outputs_change_nothing_of_the_others():
+    model, waveforms = sslprune.SpeechModel(tiny(), "asr", ["<pad>", "|", "A"]).eval(), torch.randn(1, 5_000)
+    with torch.no_grad():
+        before, _ = model(waveforms)
+        model.add_labels(["B", "C"])
+        after, _ = model(waveforms)
+    assert torch.allclose(after[..., :3], before, atol=1e-6)
+    assert (after[..., 3:] == 0).all()
+    assert model.units == {"<pad>": 0, "|": 1, "A": 2, "B": 3, "C": 4}
+    assert model.head.weight.requires_grad
+
+
+# --- Recordings of any length ---
+
+
+def test_one_path_is_one_path(tmp_path):
+    model = sslprune.SpeechModel(tiny(), "slu", ["a"]).eval()
+    soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).normal(0, 0.1, 9_000), 16_000)
+    assert model.predict(str(tmp_path / "x.wav")) == model.predict(tmp_path / "x.wav") == model.predict([tmp_path / "x.wav"]) == ["a"]
+
+
+def test_many_files_are_recognised_in_batches_as_each_alone(tmp_path, monkeypatch):
+    model, rng, calls = sslprune.SpeechModel(tiny(seed=3), "asr", LETTERS).eval(), np.random.default_rng(0), []
+    files = [tmp_path / f"{i}.wav" for i in range(30)]
+    for file in files:
+        soundfile.write(file, rng.normal(0, 0.1, rng.integers(5_000, 60_000)), 16_000, subtype="FLOAT")
+    alone = [model.predict(file)[0] for file in files]
+    model.register_forward_hook(lambda module, inputs, _: calls.append(tuple(inputs[0].shape)))
+    monkeypatch.setattr(transformer, "GROUP_SECONDS", 30)
+    assert model.predict(files) == alone
+    assert len(calls) < 10
+    (tmp_path / "3.wav").write_text("no audio")
+    found = list(model.recognise(files))
+    assert isinstance(found[3], UserError)
+    assert found[:3] + found[4:] == alone[:3] + alone[4:]
+
+
+@pytest.mark.parametrize("task", ["asr", "slu"])
+def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, task):
+    model, samples, longest = sslprune.SpeechModel(tiny(seed=1), task, LETTERS).eval(), [], []
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        samples += [data.synthesise(rng.choice(data.ASR_WORDS, 4), rng) * rng.uniform(0.3, 1)]
+    samples = np.concatenate(samples)
+    soundfile.write(tmp_path / "x.wav", samples, 16_000, subtype="FLOAT")
+    whole = torch.from_numpy(data.waveform(data.Utterance("", samples, 0.0)))[None]
+    first = model.encoder.frontend.convolutions[0]
+    with torch.no_grad():
+        patches = whole.unfold(1, 10, 5).transpose(1, 2)
+        for found, expected in zip(first.statistics_of_long(whole, 100_000), first.statistics(patches, None)):
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+        scores = model(whole)[0]
+    model.register_forward_hook(lambda module, inputs, _: longest.append(inputs[0].shape[1]))
+    (found,) = model.predict(tmp_path / "x.wav")
+    assert max(longest) <= 60 * 16_000 + 400 < len(samples) / 3
+    # The model is random, so that its best outputs are hardly better than others: characters differ sooner than of a trained one.
+    if task == "slu":
+        assert scores[0, LETTERS.index(found)] > scores.max() - 0.05
+    else:
+        assert data.error_rate([data.decode(scores[0].argmax(-1), LETTERS)], [found], split=list) < 0.02
