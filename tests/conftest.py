@@ -45,10 +45,10 @@ def check_budget_is_kept(kept, dense, method, budget):
             assert count == full or max(shares(kept.with_counts({(kind, layer): count + 1}))) > budget
 
 
-def tiny(kinds=(), seed=0, spread=3.0):
+def tiny(kinds=(), seed=0, spread=3.0, shape=TINY):
     """A tiny encoder in evaluation mode, its norms and biases at random values, its gates (of `kinds`) shut, half open and open."""
     torch.manual_seed(seed)
-    model = Wav2Vec2(TINY).eval()
+    model = Wav2Vec2(shape).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

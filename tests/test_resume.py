@@ -21,7 +21,7 @@ import sslprune
 from flops import UserError
 from gates import KINDS, Lagrangian, harden
 
-RESUMABLE = ["--layer-drop", "0.3", "--time-mask", "0.3", "--batch-seconds", "6", "--dense-updates", "3", "--prune-updates", "4", "--finetune-updates", "3"]
+RESUMABLE = ["--layer-drop", "0.3", "--time-mask", "0.3", "--batch-seconds", "6", "--evaluate-updates", "2", "--dense-updates", "2", "--prune-updates", "3", "--finetune-updates", "2"]
 
 
 class Killed(BaseException):

@@ -238,7 +238,7 @@ def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
 def test_training_learns_and_the_constraint_binds(small, capsys, monkeypatch, tmp_path):
     """Not how well: that it gets better by training, and that training brings the expected cost to the budget."""
     monkeypatch.setattr(data, "COMMANDS", {"say_six": ("six",), "say_alarm": ("alarm",)})
-    updates = ["--dense-updates", "50", "--prune-updates", "120", "--finetune-updates", "40", "--ragged"]
+    updates = ["--dense-updates", "50", "--prune-updates", "120", "--finetune-updates", "40", "--ragged", "--evaluate-updates", "60"]
     status, _, _ = run(capsys, "--task", "slu", "--budget", "0.7", "--out", tmp_path / "run", "--dense-lr", "3e-3", "--batch-seconds", "5", *updates)
     assert status == 0
     report = report_of(tmp_path / "run")
@@ -325,7 +325,7 @@ def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp
     (folder / "84-121123-0009.flac").unlink()
     (folder / "84-121123-0009.flac").mkdir()
     transcripts.write_text("\n".join(lines))
-    arguments = ["--task", "asr", "--budget", "0.9", "--data", corpus, "--batch-seconds", "300", "--out"]
+    arguments = ["--task", "asr", "--budget", "0.9", "--data", corpus, "--batch-seconds", "300", "--evaluate-updates", "0", "--out"]
     updates = ["--dense-updates", "3", "--prune-updates", "3", "--finetune-updates", "3"]
     refused(run(capsys, *arguments, tmp_path / "a", *updates), "of 480 utterances are unusable", "--skip-bad")
     status, printed, errors = run(capsys, *arguments, tmp_path / "b", "--skip-bad", *updates)

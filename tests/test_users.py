@@ -129,7 +129,7 @@ def test_many_files_are_recognised_in_batches_as_each_alone(tmp_path, monkeypatc
 def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, task):
     model, samples, longest = sslprune.SpeechModel(tiny(seed=1), task, LETTERS).eval(), [], []
     rng = np.random.default_rng(0)
-    for _ in range(100):
+    for _ in range(60):
         samples += [data.synthesise(rng.choice(data.ASR_WORDS, 4), rng) * rng.uniform(0.3, 1)]
     samples = np.concatenate(samples)
     soundfile.write(tmp_path / "x.wav", samples, 16_000, subtype="FLOAT")
@@ -142,7 +142,7 @@ def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, 
         scores = model(whole)[0]
     model.register_forward_hook(lambda module, inputs, _: longest.append(inputs[0].shape[1]))
     (found,) = model.predict(tmp_path / "x.wav")
-    assert max(longest) <= 60 * 16_000 + 400 < len(samples) / 3
+    assert max(longest) <= 60 * 16_000 + 400 < len(samples)
     # The model is random, so that its best outputs are hardly better than others: characters differ sooner than of a trained one.
     if task == "slu":
         assert scores[0, LETTERS.index(found)] > scores.max() - 0.05
