@@ -223,11 +223,12 @@ def read_table(root, path, task, skip):
     """
     (_, header), *lines = [(number, line.strip("\r").split("\t")) for number, line in _lines(path)] or [(0, [])]
     wanted = {"path": ["path"], "text": ["sentence", "text"], "intent": ["intent"], "speaker": ["speaker", "client_id"]}
-    columns = {what: next((header.index(name) for name in names if name in header), None) for what, names in wanted.items()}
+    named = {what: [name for name in names if name in header] for what, names in wanted.items()}
+    columns = {what: header.index(names[0]) if names else None for what, names in named.items()}
     for what in ("path", "text" if task == "asr" else "intent"):
         if columns[what] is None:
-            named = " or ".join(wanted[what])
-            raise UserError(f"{path}: its first line names no column {named}; columns are parted by tabs")
+            name = " or ".join(wanted[what])
+            raise UserError(f"{path}: its first line names no column {name}; columns are parted by tabs")
     for number, fields in lines:
         try:
             found = {what: "" if column is None else fields[column].strip() for what, column in columns.items()}
@@ -473,7 +474,7 @@ def encode(text, labels):
 
 
 def decode(units, labels):
-    """Greedy CTC decoding: repeats collapsed, blanks and marks such as <s> removed. units: (frames,) int -> transcript."""
+    """Greedy CTC decoding of units (frames,) int: repeats collapsed, blanks and marks such as <s> removed."""
     characters = (labels[unit] for unit in torch.unique_consecutive(units).tolist())
     return " ".join("".join(c for c in characters if len(c) == 1).replace(SPACE, " ").split())
 

@@ -14,7 +14,6 @@ among them.
 
 import argparse
 import math
-import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 

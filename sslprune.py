@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader
 import data
 from flops import BASE, SAMPLES, SECONDS, SMALL, Shape, UserError, cost, picture, table
 from gates import KINDS, METHODS, Lagrangian, check_budget, harden
-from transformer import SpeechModel, Wav2Vec2, contents_of, load, precision, read_checkpoint, read_ours, save_model
-from transformer import exported, torch_bytes, write
+from transformer import SpeechModel, Wav2Vec2, contents_of, exported, load, precision, read_checkpoint, read_ours
+from transformer import save_model, torch_bytes, write
 
 log = logging.getLogger("sslprune")
 
@@ -606,7 +606,8 @@ def watch(run):
     every = max(1, run.updates // 20) if every is None else every
     due = every and (progress.update % every == 0 or progress.update == run.updates)
     untrained = progress.update == 0 and not progress.head_is_trained
-    if not due or untrained or (progress.phase, progress.update) in [(e["phase"], e["update"]) for e in progress.history]:
+    recorded = any((e["phase"], e["update"]) == (progress.phase, progress.update) for e in progress.history)
+    if not due or untrained or recorded:
         return
     try:
         dev, _ = evaluate(run.model, run.corpus, "dev", run.options.batch_seconds)
@@ -618,7 +619,7 @@ def watch(run):
 
 def record(run, dev):
     """Say where training is, and add it to metrics.jsonl. dev: metrics on the dev split."""
-    options, progress, metric = run.options, run.progress, METRICS[run.model.task]
+    progress, metric = run.progress, METRICS[run.model.task]
     entry = {
         "phase": progress.phase,
         "update": progress.update,
@@ -631,7 +632,8 @@ def record(run, dev):
     }
     progress.history.append(entry)
     progress.losses.clear()
-    log.info("%s %d/%d  %s  %s", progress.phase, progress.update, run.updates, in_words({"dev": dev}), kept_in_words(run))
+    where = f"{progress.phase} {progress.update}/{run.updates}"
+    log.info("%s  %s  %s", where, in_words({"dev": dev}), kept_in_words(run))
     if not rank():
         write(run.out / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in progress.history).encode())
 
@@ -732,7 +734,7 @@ def comparison(report):
 
 
 def curve(history):
-    """The entries of metrics.jsonl as a picture, SVG: the dev metric, and expected and target cost, over all updates."""
+    """The lines of metrics.jsonl as a picture, SVG: the dev metric, and expected and target cost, over all updates."""
     offset, xs, ends = 0, [], []
     for before, entry in zip(history[:1] + history, history):
         if before["phase"] != entry["phase"]:
@@ -826,7 +828,7 @@ class Run:
         return 1.0 if self.progress.phase == "dense" else self.options.budget
 
     def expected(self):
-        """The fraction of each constrained cost that gates are expected to keep, or that the model without gates has."""
+        """The fraction of each constrained cost that gates are expected to keep, or that a model without gates has."""
         if self.lagrangian:
             return (1 - self.lagrangian.sparsity(self.model.encoder.gates)).tolist()
         now, start = (cost(shape, SAMPLES) for shape in (self.model.encoder.shape, self.start_shape))

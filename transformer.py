@@ -37,6 +37,7 @@ GROUP_SECONDS = 300  # of audio, that `predict` reads at a time
 PIECE_SECONDS = 60  # of audio, that it recognises at once: a batch of files, or a piece of a longer recording
 OVERLAP_SECONDS = 10  # of two pieces
 
+
 class Position(nn.Module):
     """The relative position embedding: a wide grouped convolution with weight norm over its taps, and GELU."""
 
@@ -303,7 +304,7 @@ class SpeechModel(nn.Module):
         return [data.decode(units[:n], self.labels) for units, n in zip(best, frames.tolist())]
 
     def predict(self, paths):
-        """Audio files, or one -> a list of transcripts (asr) or of intents (slu). Raises UserError for what is no audio.
+        """Audio files, or one -> a list of transcripts (asr) or of intents (slu). Raises UserError for a bad file.
 
         A recording of over a minute is recognised in overlapping pieces: in time and memory linear in its length.
         """
@@ -318,7 +319,7 @@ class SpeechModel(nn.Module):
 
         Files are read and recognised in groups of some minutes, in batches of like length.
         """
-        group = []
+        group, paths = [], list(paths)
         for number, path in enumerate(paths, 1):
             group.append(self._read(path))
             seconds = sum(u.seconds for u in group if isinstance(u, data.Utterance))
@@ -384,7 +385,8 @@ def exported(model):
     does; of asr, there is a frame more than those.
     """
     arguments, any_size = (torch.zeros(2, SAMPLES), torch.tensor([SAMPLES, SAMPLES - 1])), torch.export.Dim.DYNAMIC
-    return torch.export.export(Padded(model.eval()), arguments, dynamic_shapes=({0: any_size, 1: any_size}, {0: any_size}))
+    sizes = ({0: any_size, 1: any_size}, {0: any_size})
+    return torch.export.export(Padded(model.eval()), arguments, dynamic_shapes=sizes)
 
 
 def precision(dtype, device):

@@ -120,13 +120,18 @@ def main():
     torch.set_num_threads(arguments.threads)
     repeats = 5 if arguments.quick else 11
     theirs, ours = models()
-    print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, transformers: {theirs is not None}")
+    print(
+        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}, transformers: {theirs is not None}"
+    )
 
     taken, macs = {}, {}
     for seconds in (10,) if arguments.quick else (5, 10, 30, 60):
         waveform = torch.randn(1, seconds * SAMPLE_RATE)
         functions = {"transformers, float32": forward(theirs, waveform)} if theirs else {}
-        functions |= {"dense, float32": forward(ours, waveform), "dense, bfloat16": forward(ours, waveform, torch.bfloat16)}
+        functions |= {
+            "dense, float32": forward(ours, waveform),
+            "dense, bfloat16": forward(ours, waveform, torch.bfloat16),
+        }
         found = in_turn(functions, repeats if seconds <= 10 else 5)
         reference = next(iter(found))
         heading(f"forward, {seconds} s of audio", reference)
@@ -134,22 +139,36 @@ def main():
             row(name, found[name], found[reference])
         taken[seconds], macs[seconds] = found["dense, float32"], cost(BASE, seconds * SAMPLE_RATE).macs
     for seconds in list(taken)[2:]:
-        print(f"\ngrowth of the time from 10 s to {seconds} s over the growth of MACs: {taken[seconds] / taken[10] / (macs[seconds] / macs[10]):.2f}")
+        print(
+            f"\ngrowth of the time from 10 s to {seconds} s over the growth of MACs: {taken[seconds] / taken[10] / (macs[seconds] / macs[10]):.2f}"
+        )
 
     waveform = torch.randn(1, SAMPLES)
     for dtype in (torch.float32, torch.bfloat16):
-        sliced = {f"pruned to {budget}": pruned(budget) for budget in (0.75, 0.5, 0.25)} | {"pruned to 0.5, --ragged": pruned(0.5, True)}
+        sliced = {f"pruned to {budget}": pruned(budget) for budget in (0.75, 0.5, 0.25)} | {
+            "pruned to 0.5, --ragged": pruned(0.5, True)
+        }
         functions = {name: forward(model, waveform, dtype) for name, model in ({"dense": ours} | sliced).items()}
         found = in_turn(functions, repeats)
         heading(f"forward, 10 s, {str(dtype).removeprefix('torch.')}", "dense")
         for name in functions:
-            row(name, found[name], found["dense"], "" if name == "dense" else f"{cost(sliced[name].shape, SAMPLES).macs / cost(BASE, SAMPLES).macs:.4f} of the MACs |")
+            row(
+                name,
+                found[name],
+                found["dense"],
+                ""
+                if name == "dense"
+                else f"{cost(sliced[name].shape, SAMPLES).macs / cost(BASE, SAMPLES).macs:.4f} of the MACs |",
+            )
 
     waveforms = torch.randn(4, 5 * SAMPLE_RATE)
     gated = Wav2Vec2(BASE)
     gated.add_gates(KINDS["mac"])
     functions = {"transformers": training_step(theirs.train(), waveforms)} if theirs else {}
-    functions |= {"dense": training_step(ours.train(), waveforms), "with gates": training_step(gated, waveforms, Lagrangian(BASE, "mac", 0.5))}
+    functions |= {
+        "dense": training_step(ours.train(), waveforms),
+        "with gates": training_step(gated, waveforms, Lagrangian(BASE, "mac", 0.5)),
+    }
     found = in_turn(functions, 3 if arguments.quick else 7)
     reference = next(iter(found))
     heading("training step, 4 utterances of 5 s, float32", reference)

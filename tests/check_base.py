@@ -1,7 +1,8 @@
 """wav2vec2-base at its real size against transformers: features, padding, FLOPs, slicing. Takes about a minute.
 
-Needs transformers in a virtual environment apart from the project's own (python -m venv reference; reference/bin/pip install
--r requirements.txt transformers), and no network: the weights are random. Run: reference/bin/python tests/check_base.py
+Needs transformers in a virtual environment apart from the project's own (python -m venv reference;
+reference/bin/pip install -r requirements.txt transformers), and no network: the weights are random.
+Run: reference/bin/python tests/check_base.py
 """
 
 import sys
@@ -38,7 +39,7 @@ def flops(model, samples):
 def main():
     torch.manual_seed(0)
     theirs = Wav2Vec2Model(Wav2Vec2Config()).eval()
-    for name, parameter in theirs.named_parameters():  # norms and biases away from 1 and 0
+    for parameter in theirs.parameters():  # norms and biases away from 1 and 0
         if parameter.dim() == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
     with tempfile.TemporaryDirectory() as folder:
@@ -67,15 +68,27 @@ def main():
         sliced = model.slice()
         gated = model(waveforms, lengths)[0]
         difference = ((sliced(waveforms, lengths)[0] - gated).abs().max() / gated.abs().max()).item()
-        check(f"{method}: sliced and gated differ, over the largest feature, by", f"{difference:.1e}", difference < 1e-5)
+        check(
+            f"{method}: sliced and gated differ, over the largest feature, by", f"{difference:.1e}", difference < 1e-5
+        )
         model.double()
-        difference = (model.slice()(waveforms.double(), lengths)[0] - model(waveforms.double(), lengths)[0]).abs().max().item()
+        difference = (
+            (model.slice()(waveforms.double(), lengths)[0] - model(waveforms.double(), lengths)[0]).abs().max().item()
+        )
         check(f"{method}: the same in float64, absolutely", f"{difference:.1e}", difference < 1e-10)
         model.float()
         counted, kept = flops(sliced, SAMPLES), cost(sliced.shape, SAMPLES)
-        check(f"{method}: FLOPs of the sliced model over the dense", f"{counted / 2 / cost(BASE, SAMPLES).macs:.4f}", counted == 2 * kept.macs)
+        check(
+            f"{method}: FLOPs of the sliced model over the dense",
+            f"{counted / 2 / cost(BASE, SAMPLES).macs:.4f}",
+            counted == 2 * kept.macs,
+        )
         params = sum(p.numel() for p in sliced.parameters())
-        check(f"{method}: parameters of the sliced model over the dense", f"{params / cost(BASE, SAMPLES).params:.4f}", params == kept.params)
+        check(
+            f"{method}: parameters of the sliced model over the dense",
+            f"{params / cost(BASE, SAMPLES).params:.4f}",
+            params == kept.params,
+        )
         model.frontend.gates = None
         for layer in model.layers:
             layer.attention.gate = layer.ffn.gate = None

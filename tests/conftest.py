@@ -13,26 +13,39 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import data
+import sslprune
 from flops import BASE, cost
 from transformer import Wav2Vec2
 
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other, for minutes where others use the machine
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other where others use the machine
 
-TINY = replace(BASE, channels=(8, 12, 10, 8, 6, 9, 7), width=32, head_width=4, heads=(3, 2, 4), units=(20, 12, 16), position_kernel=16, position_groups=4)
-
+TINY = replace(
+    BASE,
+    channels=(8, 12, 10, 8, 6, 9, 7),
+    width=32,
+    head_width=4,
+    heads=(3, 2, 4),
+    units=(20, 12, 16),
+    position_kernel=16,
+    position_groups=4,
+)
 
 LETTERS = ["<pad>", "|", *"'ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
 
 CONSTRAINED = {  # stated again, from the design: what each method keeps within its budget
     "mac": [lambda c: c.macs],
     "size": [lambda c: c.params],
-    "sepsize": [lambda c: c.frontend.params, lambda c: c.projection.params + c.position.params + c.attention.params + c.ffn.params],
+    "sepsize": [
+        lambda c: c.frontend.params,
+        lambda c: c.projection.params + c.position.params + c.attention.params + c.ffn.params,
+    ],
     "transformer": [lambda c: c.macs],
 }
 
 
 def check_budget_is_kept(kept, dense, method, budget):
-    """Each cost that the method constrains is at most the budget, and within 0.2 % of it or so close that no further unit fits."""
+    """Each constrained cost is at most the budget, and within 0.2 % of it or so close that no further unit fits."""
 
     def shares(shape):
         return [measure(cost(shape, 160_000)) / measure(cost(dense, 160_000)) for measure in CONSTRAINED[method]]
@@ -46,7 +59,7 @@ def check_budget_is_kept(kept, dense, method, budget):
 
 
 def tiny(kinds=(), seed=0, spread=3.0, shape=TINY):
-    """A tiny encoder in evaluation mode, its norms and biases at random values, its gates (of `kinds`) shut, half open and open."""
+    """A tiny encoder in evaluation mode with random norms and biases; gates (of `kinds`) shut, half open and open."""
     torch.manual_seed(seed)
     model = Wav2Vec2(shape).eval()
     with torch.no_grad():
@@ -57,6 +70,13 @@ def tiny(kinds=(), seed=0, spread=3.0, shape=TINY):
     for gate in model.gates.values():
         torch.nn.init.normal_(gate.log_alpha, std=spread)
     return model
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The demo corpus and the model from scratch at a size for tests."""
+    monkeypatch.setattr(data, "DEMO_SIZES", {"train": 40, "dev": 5, "test": 6})
+    monkeypatch.setattr(sslprune, "SMALL", replace(TINY, heads=(3, 2, 4, 4), units=(60, 60, 60, 60)))
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +116,15 @@ def write_layout(folder, golden, layout):
     if layout.startswith("fairseq"):
         arguments = argparse.Namespace(**config, w2v_args=argparse.Namespace(**config))
         moments = {0: {"step": 3, "exp_avg": torch.zeros(2, 3)}}
-        torch.save({"args": arguments, "model": tensors, "last_optimizer_state": {"state": moments}, "extra_state": {"epoch": 1}}, path)
+        torch.save(
+            {
+                "args": arguments,
+                "model": tensors,
+                "last_optimizer_state": {"state": moments},
+                "extra_state": {"epoch": 1},
+            },
+            path,
+        )
     else:
         torch.save(tensors, path)
     return path

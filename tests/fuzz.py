@@ -3,8 +3,9 @@
     python tests/fuzz.py                                    # 2,000 files of each kind, some ten minutes
     python tests/fuzz.py --kind flac --only 17              # that one file again, with the traceback
 
-A crash, a hang (10 s), memory that grows by over 500 MB, or an exception that is not the loader's own is a defect, and the exit
-status 1. The files are made from the seed; each kind is read in a process of its own, which is replaced when it dies (Linux).
+A crash, a hang (10 s), memory that grows by over 500 MB, or an exception that is not the loader's own is a defect, and
+the exit status 1. The files are made from the seed; each kind is read in a process of its own, which is replaced when
+it dies (Linux).
 """
 
 import argparse
@@ -40,7 +41,9 @@ def make(kind, folder):
     folder.mkdir()
     if kind in ("model.pt", "legacy.pt"):
         model = sslprune.SpeechModel(tiny(KINDS["mac"]).slice(), "slu", ["yes", "no"])
-        torch.save(transformer.contents_of(model), folder / "model.pt", _use_new_zipfile_serialization=kind == "model.pt")
+        torch.save(
+            transformer.contents_of(model), folder / "model.pt", _use_new_zipfile_serialization=kind == "model.pt"
+        )
         return folder / "model.pt", sslprune.load
     if kind == "fairseq":
         return write_layout(folder, golden, "fairseq"), load_pretrained
@@ -71,11 +74,16 @@ KIND_NAMES = ("model.pt", "legacy.pt", "fairseq", "safetensors", "config", "slur
 
 
 def damaged(whole, rng):
-    """These bytes after one to four accidents; half of them in the first kilobyte or the last, where formats have their structure."""
+    """These bytes after one to four accidents, half of them in the first or last kilobyte, where formats are."""
     found = bytearray(whole)
     for _ in range(rng.integers(1, 5)):
         size = len(found)
-        place = int(rng.choice([rng.integers(size + 1), min(size, rng.integers(1024)), max(0, size - rng.integers(1024))], p=[0.5, 0.25, 0.25]))
+        place = int(
+            rng.choice(
+                [rng.integers(size + 1), min(size, rng.integers(1024)), max(0, size - rng.integers(1024))],
+                p=[0.5, 0.25, 0.25],
+            )
+        )
         length = int(rng.integers(1, 64))
         accident = rng.integers(7)
         if accident == 0 and place < size:
@@ -90,7 +98,13 @@ def damaged(whole, rng):
             found[place : place + 8] = EXTREMES[rng.integers(len(EXTREMES))]
         elif accident == 5:
             digits = [i for i in range(size) if 48 <= found[i] <= 57] or [place]
-            found[(i := digits[rng.integers(len(digits))]) : i + 1] = [b"-1", b"999999999999", b"null", b'"', b"[" * 2000][rng.integers(5)]
+            found[(i := digits[rng.integers(len(digits))]) : i + 1] = [
+                b"-1",
+                b"999999999999",
+                b"null",
+                b'"',
+                b"[" * 2000,
+            ][rng.integers(5)]
         elif rng.random() < 0.3:
             del found[place:]
     return bytes(found)
@@ -145,7 +159,9 @@ def fuzz(kind, indices, seed):
                 if how != "begins":
                     left.remove(now)
                     peak, slowest = max(peak, memory), max(slowest, seconds)
-                    found.setdefault("blow-up" if memory > MEGABYTES else "hang" if seconds > SECONDS else how, []).append(now)
+                    found.setdefault(
+                        "blow-up" if memory > MEGABYTES else "hang" if seconds > SECONDS else how, []
+                    ).append(now)
         except EOFError:
             if now is None:
                 sys.exit(f"{kind}: the undamaged file could not be read")
@@ -164,10 +180,20 @@ def main():
     parser.add_argument("--only", type=int)
     arguments = parser.parse_args()
     if arguments.only is not None:
-        read_all(arguments.kind, [arguments.only], arguments.seed, type("Print", (), {"send": lambda self, what: print(*what)})(), raising=True)
+        read_all(
+            arguments.kind,
+            [arguments.only],
+            arguments.seed,
+            type("Print", (), {"send": lambda self, what: print(*what)})(),
+            raising=True,
+        )
         return
     bad = 0
-    print("| kind | files | read | refused | crashes | hangs | blow-ups | other | peak MB | slowest s |\n| --- |" + " ---: |" * 9, flush=True)
+    print(
+        "| kind | files | read | refused | crashes | hangs | blow-ups | other | peak MB | slowest s |\n| --- |"
+        + " ---: |" * 9,
+        flush=True,
+    )
     for kind in [arguments.kind] if arguments.kind else KIND_NAMES:
         found, peak, slowest = fuzz(kind, range(arguments.count), arguments.seed)
         counts = [len(found.get(how, [])) for how in ("read", "refused", "crash", "hang", "blow-up")]

@@ -1,10 +1,10 @@
 """Kill a run at random moments, resume it each time, and compare what it leaves with a run that was never disturbed.
 
-    python tests/kills.py                          # 20 kills (SIGKILL) of a short run on the demo corpus, some ten minutes
+    python tests/kills.py                   # 20 kills (SIGKILL) of a short run on the demo corpus, some ten minutes
     python tests/kills.py --kills 5 -- --task slu --budget 0.5 --method sepsize --dense-updates 60 ...
 
-Both runs are processes of their own, with the flags after `--`. Equal must be model.pt and dense.pt to the last bit, and
-report.json but for its times.
+Both runs are processes of their own, with the flags after `--`. Equal must be model.pt and dense.pt to the last bit,
+and report.json but for its times.
 """
 
 import argparse
@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 MAIN = Path(__file__).parent.parent / "sslprune.py"
-FLAGS = ["--task", "asr", "--budget", "0.5", "--dense-updates", "350", "--prune-updates", "350", "--finetune-updates", "300",
-         "--layer-drop", "0.1", "--time-mask", "0.2", "--channel-mask", "0.2"]  # fmt: skip
+FLAGS = (
+    "--task asr --budget 0.5 --dense-updates 350 --prune-updates 350 --finetune-updates 300"
+    " --layer-drop 0.1 --time-mask 0.2 --channel-mask 0.2"
+).split()
 
 
 def start(out, flags):
@@ -53,7 +55,7 @@ def main():
         kills = 0
         while True:
             process = start(killed, arguments.flags)
-            # So that the deaths are spread over the whole run: each life begins with some five seconds of imports and reading.
+            # So that the deaths are spread over the whole run: each life begins with five seconds of imports.
             wait = rng.uniform(0, 2 * (5 + 0.4 * seconds / arguments.kills)) if kills < arguments.kills else None
             try:
                 printed, _ = process.communicate(timeout=wait)

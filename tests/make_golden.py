@@ -210,12 +210,24 @@ def to_fairseq(key):
 def transformers_models(weights):
     """Every model of transformers, all with the same weights."""
     sizes = dict(
-        conv_dim=CHANNELS, conv_kernel=KERNELS, conv_stride=STRIDES, conv_bias=False, feat_extract_norm="group",
-        do_stable_layer_norm=False, hidden_size=WIDTH, num_attention_heads=HEADS, intermediate_size=UNITS,
-        num_hidden_layers=LAYERS, num_conv_pos_embeddings=128, num_conv_pos_embedding_groups=16, vocab_size=VOCABULARY,
+        conv_dim=CHANNELS,
+        conv_kernel=KERNELS,
+        conv_stride=STRIDES,
+        conv_bias=False,
+        feat_extract_norm="group",
+        do_stable_layer_norm=False,
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        intermediate_size=UNITS,
+        num_hidden_layers=LAYERS,
+        num_conv_pos_embeddings=128,
+        num_conv_pos_embedding_groups=16,
+        vocab_size=VOCABULARY,
     )
     codes = dict(
-        num_codevectors_per_group=CODES, num_codevector_groups=CODE_GROUPS, codevector_dim=CODE_WIDTH,
+        num_codevectors_per_group=CODES,
+        num_codevector_groups=CODE_GROUPS,
+        codevector_dim=CODE_WIDTH,
         proj_codevector_dim=CODE_WIDTH,
     )
     config = transformers.Wav2Vec2Config(**sizes, **codes)
@@ -270,8 +282,12 @@ def fairseq_models(weights, hf):
     from omegaconf import OmegaConf
 
     sizes = dict(
-        conv_feature_layers=repr(list(zip(CHANNELS, KERNELS, STRIDES))), encoder_embed_dim=WIDTH,
-        encoder_attention_heads=HEADS, encoder_ffn_embed_dim=UNITS, encoder_layers=LAYERS, final_dim=CODE_WIDTH,
+        conv_feature_layers=repr(list(zip(CHANNELS, KERNELS, STRIDES))),
+        encoder_embed_dim=WIDTH,
+        encoder_attention_heads=HEADS,
+        encoder_ffn_embed_dim=UNITS,
+        encoder_layers=LAYERS,
+        final_dim=CODE_WIDTH,
     )
     letters = Dictionary()
     for letter in "ABCDEFG"[: VOCABULARY - len(letters)]:
@@ -395,8 +411,10 @@ def main():
         "features": features,
         "frontend": frontend,
         "versions": {
-            "torch": str(torch.__version__), "transformers": transformers.__version__,
-            "torchaudio": importlib.metadata.version("torchaudio"), "fairseq": fairseq.__version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "torchaudio": importlib.metadata.version("torchaudio"),
+            "fairseq": fairseq.__version__,
         },
     }
     assert len(set(weights.indices)) == len(weights.tensors)

@@ -2,8 +2,9 @@
 
     python tests/scale.py                    # some five minutes; 300 MB in the folder for temporary files
 
-The files are half a second of noise each, in LibriSpeech's layout; the model is the tests' tiny one, so that what is measured
-is the handling of data. Memory is the resident memory of the process that trains, after the first and the last epoch.
+The files are half a second of noise each, in LibriSpeech's layout; the model is the tests' tiny one, so that what is
+measured is the handling of data. Memory is the resident memory of the process that trains, after the first and the last
+epoch.
 """
 
 import argparse

@@ -74,7 +74,10 @@ def test_half_precision_weights_become_float32(golden, tmp_path):
 
 def test_our_own_file_in_half_precision_becomes_float32(tmp_path):
     weights = {f"encoder.{key}": tensor.half() for key, tensor in tiny().state_dict().items()}
-    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": weights}, tmp_path / "model.pt")
+    torch.save(
+        {"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": weights},
+        tmp_path / "model.pt",
+    )
     assert {p.dtype for p in load_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
@@ -82,7 +85,12 @@ def test_a_pruned_model_loads_from_its_own_file(tmp_path):
     model = SpeechModel(tiny(KINDS["mac"]).slice(), "slu", ["yes", "no"]).eval()
     save_model(model, tmp_path / "model.pt")
     loaded, encoder, waveforms = load(tmp_path), load_pretrained(tmp_path), torch.randn(1, 3_000)
-    assert (loaded.encoder.shape, loaded.encoder.dense, loaded.task, loaded.labels) == (model.encoder.shape, TINY, "slu", ["yes", "no"])
+    assert (loaded.encoder.shape, loaded.encoder.dense, loaded.task, loaded.labels) == (
+        model.encoder.shape,
+        TINY,
+        "slu",
+        ["yes", "no"],
+    )
     with torch.no_grad():
         assert torch.equal(loaded(waveforms)[0], model(waveforms)[0])
         assert torch.equal(encoder(waveforms)[0], model.encoder(waveforms)[0])
@@ -93,7 +101,7 @@ def test_a_pruned_model_loads_from_its_own_file(tmp_path):
 
 
 def test_a_model_of_before_the_dense_shape_was_kept_loads_as_it_was(tmp_path):
-    """Its LayerNorm ran over the channels that are there, whatever the dense model had; a part without units had tensors."""
+    """Its LayerNorm ran over the channels that are there, and a part without units had tensors."""
     shape, waveforms = replace(TINY, heads=(3, 0, 4), units=(20, 12, 0)), torch.randn(1, 3_000)
     model = Wav2Vec2(shape).eval()
     weights = {f"encoder.{key}": tensor for key, tensor in model.state_dict().items() if key != "projection.shut"}
@@ -104,7 +112,9 @@ def test_a_model_of_before_the_dense_shape_was_kept_loads_as_it_was(tmp_path):
         assert torch.equal(load_pretrained(tmp_path)(waveforms)[0], model(waveforms)[0])
 
 
-@pytest.mark.parametrize("dense", [TINY.as_dict() | {"channels": [8, 12, 10, 8, 6, 9, 2]}, TINY.as_dict() | {"heads": [3, 2]}])
+@pytest.mark.parametrize(
+    "dense", [TINY.as_dict() | {"channels": [8, 12, 10, 8, 6, 9, 2]}, TINY.as_dict() | {"heads": [3, 2]}]
+)
 def test_a_dense_shape_of_which_the_model_is_no_part_is_refused(tmp_path, dense):
     save_model(SpeechModel(tiny(), "slu", ["yes", "no"]), tmp_path / "model.pt")
     torch.save(torch.load(tmp_path / "model.pt", weights_only=True) | {"dense": dense}, tmp_path / "model.pt")
@@ -176,7 +186,10 @@ def change(golden, layout="hf_base", **changed):
         ({"encoder.layers.0.attention.q_proj.weight": torch.zeros(100, 128)}, ["layers.0.attention"]),
         ({"feature_projection.projection.weight": torch.zeros(3)}, ["projection.linear.weight", "(3,)"]),
         ({"encoder.pos_conv_embed.conv.parametrizations.weight.original1": torch.zeros(128, 0, 128)}, []),
-        ({"feature_extractor.conv_layers.1.layer_norm.weight": torch.ones(8)}, ["feature_extractor.conv_layers.1.layer_norm.weight"]),
+        (
+            {"feature_extractor.conv_layers.1.layer_norm.weight": torch.ones(8)},
+            ["feature_extractor.conv_layers.1.layer_norm.weight"],
+        ),
         ({"feature_extractor.conv_layers.1.conv.bias": torch.ones(8)}, ["no other architecture"]),
         ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8)}, ["no other architecture"]),
     ],
@@ -194,13 +207,24 @@ def test_files_of_something_else_are_refused(tmp_path):
     torch.save({"model": 3}, tmp_path / "number.pt")
     torch.save({"format": "sslprune", "shape": {"channels": [1]}, "weights": {}}, tmp_path / "shape.pt")
     torch.save({"format": "sslprune", "shape": TINY.as_dict() | {"width": -1}, "weights": {}}, tmp_path / "negative.pt")
-    torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}}, tmp_path / "weights.pt")
+    torch.save(
+        {"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": {"encoder.norm.weight": 3}},
+        tmp_path / "weights.pt",
+    )
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "arguments.pt")
     whole = {f"encoder.{key}": tensor for key, tensor in tiny().state_dict().items()}
-    wrong = {"surplus": ("encoder.extra", torch.ones(1)), "integers": ("encoder.norm.bias", torch.ones(32, dtype=torch.int64)),
-             "complex": ("encoder.norm.bias", torch.ones(32, dtype=torch.complex64)), "nan": ("encoder.norm.bias", torch.full((32,), torch.nan))}  # fmt: skip
-    for name, (key, tensor) in wrong.items():
-        torch.save({"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": whole | {key: tensor}}, tmp_path / f"weights-{name}.pt")
+    wrong = {
+        "surplus": torch.ones(1),
+        "integers": torch.ones(32, dtype=torch.int64),
+        "complex": torch.ones(32, dtype=torch.complex64),
+        "nan": torch.full((32,), torch.nan),
+    }
+    for name, tensor in wrong.items():
+        key = "encoder.extra" if name == "surplus" else "encoder.norm.bias"
+        torch.save(
+            {"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": whole | {key: tensor}},
+            tmp_path / f"weights-{name}.pt",
+        )
     (tmp_path / "text.txt").write_text("{} is a set of braces\n")
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "folder").mkdir()
@@ -245,7 +269,10 @@ def test_safetensors_that_share_their_bytes_are_refused(golden, tmp_path):
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
     torch.save({"weights": torch.zeros(2**20)}, tmp_path / "whole.pt")
-    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
         for record in whole.infolist():
             bomb.writestr(record.filename, whole.read(record))
     assert (tmp_path / "bomb.pt").stat().st_size < 20_000
@@ -255,11 +282,20 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 @pytest.mark.parametrize("how", ["repeated", "sparse", "complex", "many layers"])
 def test_tensors_that_are_not_in_the_file_are_refused(tmp_path, how):
     encoder = tiny()
-    contents = {"format": "sslprune", "shape": TINY.as_dict(), "dense": TINY.as_dict(), "weights": {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}}
+    contents = {
+        "format": "sslprune",
+        "shape": TINY.as_dict(),
+        "dense": TINY.as_dict(),
+        "weights": {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()},
+    }
     if how == "many layers":
         contents["dense"] = contents["shape"] = contents["shape"] | {"heads": [1] * 300_000, "units": [1] * 300_000}
     else:
-        changed = {"repeated": torch.ones(1).half().expand(2**45), "sparse": torch.eye(32).to_sparse(), "complex": torch.ones(32, dtype=torch.complex64)}
+        changed = {
+            "repeated": torch.ones(1).half().expand(2**45),
+            "sparse": torch.eye(32).to_sparse(),
+            "complex": torch.ones(32, dtype=torch.complex64),
+        }
         contents["weights"]["encoder.norm.weight"] = changed[how]
     torch.save(contents, tmp_path / "model.pt")
     refused(tmp_path / "model.pt", "layers" if how == "many layers" else "encoder.norm.weight")
@@ -274,7 +310,15 @@ def test_names_from_a_file_cannot_steer_a_terminal(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("do_stable_layer_norm", True), ("feat_extract_norm", "layer"), ("conv_bias", True), ("hidden_act", "relu"), ("layer_norm_eps", 1e-6), ("add_adapter", True), ("num_hidden_layers", 3)],
+    [
+        ("do_stable_layer_norm", True),
+        ("feat_extract_norm", "layer"),
+        ("conv_bias", True),
+        ("hidden_act", "relu"),
+        ("layer_norm_eps", 1e-6),
+        ("add_adapter", True),
+        ("num_hidden_layers", 3),
+    ],
 )
 @pytest.mark.parametrize("file", ["model.safetensors", "renamed.safetensors"])
 def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, value, file):
@@ -284,7 +328,19 @@ def test_a_config_of_another_architecture_is_refused(golden, tmp_path, name, val
     refused(tmp_path / file, "layers" if name == "num_hidden_layers" else name)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"num_attention_heads": 1e400}', '{"conv_stride": [1e400]}', '{"num_attention_heads": 0}', '{"num_attention_heads": "two"}', '{"conv_stride": 5}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"num_attention_heads": 1e400}',
+        '{"conv_stride": [1e400]}',
+        '{"num_attention_heads": 0}',
+        '{"num_attention_heads": "two"}',
+        '{"conv_stride": 5}',
+    ],
+)
 def test_a_damaged_config_is_refused(golden, tmp_path, text):
     (write_layout(tmp_path, golden, "hf_base") / "config.json").write_text(text)
     with pytest.raises(UserError):
@@ -303,19 +359,49 @@ def wrapped(tensors, how):
     """The tensors as tools save them."""
     middle = {"_fsdp_wrapped_module": "encoder.layers.", "_checkpoint_wrapped_module": "encoder.layers."}
     if how in middle:  # around the whole, and around each layer
-        return {f"{how}." + re.sub(r"^(encoder\.layers\.\d+)\.", rf"\1.{how}.", key): tensor for key, tensor in tensors.items()}
+        return {
+            f"{how}." + re.sub(r"^(encoder\.layers\.\d+)\.", rf"\1.{how}.", key): tensor
+            for key, tensor in tensors.items()
+        }
     if how == "lightning":
-        state = {f"model.wav2vec2.{key}": tensor for key, tensor in tensors.items()} | {"model.classifier.weight": torch.ones(3, 128)}
-        return {"epoch": 3, "global_step": 7, "state_dict": state, "optimizer_states": [{"state": {}}], "hyper_parameters": {"lr": 1e-4}}
+        state = {f"model.wav2vec2.{key}": tensor for key, tensor in tensors.items()} | {
+            "model.classifier.weight": torch.ones(3, 128)
+        }
+        return {
+            "epoch": 3,
+            "global_step": 7,
+            "state_dict": state,
+            "optimizer_states": [{"state": {}}],
+            "hyper_parameters": {"lr": 1e-4},
+        }
     if how in ("state_dict", "model_state_dict", "model_weight", "model"):
         return {how: tensors, "step": 3}
     if how == "deep":
-        return {"checkpoint": {"ema": None, "net": {f"_orig_mod.module.student.{key}": tensor for key, tensor in tensors.items()}}}
+        return {
+            "checkpoint": {
+                "ema": None,
+                "net": {f"_orig_mod.module.student.{key}": tensor for key, tensor in tensors.items()},
+            }
+        }
     return {f"{how}.{key}": tensor for key, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
-    "how", ["module", "_orig_mod", "_orig_mod.module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "encoder.backbone", "lightning", "state_dict", "model_state_dict", "model_weight", "model", "deep"]
+    "how",
+    [
+        "module",
+        "_orig_mod",
+        "_orig_mod.module",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "encoder.backbone",
+        "lightning",
+        "state_dict",
+        "model_state_dict",
+        "model_weight",
+        "model",
+        "deep",
+    ],
 )
 @pytest.mark.parametrize("layout", ["hf_base", "torchaudio", "fairseq"])
 def test_whatever_wraps_the_keys_is_seen_through(golden, tmp_path, layout, how):
@@ -327,7 +413,10 @@ def test_whatever_wraps_the_keys_is_seen_through(golden, tmp_path, layout, how):
 
 def test_two_encoders_in_a_file_are_refused_by_their_names(golden, tmp_path):
     tensors = state_dict(golden, "hf_base")
-    torch.save({f"{name}.{key}": tensor for name in ("student", "teacher") for key, tensor in tensors.items()}, tmp_path / "x.pt")
+    torch.save(
+        {f"{name}.{key}": tensor for name in ("student", "teacher") for key, tensor in tensors.items()},
+        tmp_path / "x.pt",
+    )
     refused(tmp_path / "x.pt", "student", "teacher")
 
 
@@ -350,11 +439,21 @@ def test_shards_are_put_together_by_their_index(golden, tmp_path, ending):
     refused(index, "index")
 
 
-@pytest.mark.parametrize(("layout", "key"), [("hf_base", "encoder.pos_conv_embed.conv."), ("fairseq", "encoder.pos_conv.0."), ("torchaudio", "encoder.transformer.pos_conv_embed.conv.")])
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        ("hf_base", "encoder.pos_conv_embed.conv."),
+        ("fairseq", "encoder.pos_conv.0."),
+        ("torchaudio", "encoder.transformer.pos_conv_embed.conv."),
+    ],
+)
 def test_a_positional_weight_without_its_norm_loads(golden, tmp_path, layout, key):
     tensors = state_dict(golden, layout)
     expected = load_pretrained(write_layout(tmp_path, golden, layout))
-    v, g = (next(tensors.pop(name) for name in list(tensors) if name.startswith(key) and name.endswith(ends)) for ends in (("weight_v", "original1"), ("weight_g", "original0")))
+    v, g = (
+        next(tensors.pop(name) for name in list(tensors) if name.startswith(key) and name.endswith(ends))
+        for ends in (("weight_v", "original1"), ("weight_g", "original0"))
+    )
     tensors[key + "weight"] = v / v.square().sum((0, 1), keepdim=True).sqrt() * g
     torch.save(tensors, tmp_path / "x.pt")
     assert (features(load_pretrained(tmp_path / "x.pt"), golden) - features(expected, golden)).abs().max() < 1e-5
@@ -364,12 +463,23 @@ def test_heads_of_every_kind_are_left_out_and_named(golden, tmp_path, caplog):
     """XVector's has an entry that is named as the frontend is."""
     caplog.set_level("INFO")
     tensors = state_dict(golden, "hf_ctc")
-    heads = {"feature_extractor.weight": torch.ones(5, 9), "tdnn.0.kernel.weight": torch.ones(4, 4), "projector.bias": torch.ones(4), "layer_weights": torch.ones(3),
-             "num_batches_tracked": torch.tensor(3), "mask": torch.ones(2, dtype=torch.bool), "codes.weight": torch.ones(4, dtype=torch.int8)}  # fmt: skip
+    heads = {
+        "feature_extractor.weight": torch.ones(5, 9),
+        "tdnn.0.kernel.weight": torch.ones(4, 4),
+        "projector.bias": torch.ones(4),
+        "layer_weights": torch.ones(3),
+        "num_batches_tracked": torch.tensor(3),
+        "mask": torch.ones(2, dtype=torch.bool),
+        "codes.weight": torch.ones(4, dtype=torch.int8),
+    }
     torch.save(tensors | heads, tmp_path / "x.pt")
     load_pretrained(tmp_path / "x.pt")
     assert "feature_extractor.weight" in caplog.text
-    write_safetensors(tmp_path / "x.safetensors", tensors | {key: tensor.float() for key, tensor in heads.items()}, codes={"dtype": "I8", "shape": [0], "data_offsets": [0, 0]})
+    write_safetensors(
+        tmp_path / "x.safetensors",
+        tensors | {key: tensor.float() for key, tensor in heads.items()},
+        codes={"dtype": "I8", "shape": [0], "data_offsets": [0, 0]},
+    )
     load_pretrained(tmp_path / "x.safetensors")
 
 
@@ -384,13 +494,20 @@ def test_quantized_weights_inside_the_encoder_are_refused_by_name(golden, tmp_pa
 def test_heads_and_strides_are_what_the_file_says(golden, tmp_path, where):
     """Four heads of 32, where the golden model has two of 64; the third convolution with a stride of 3."""
     strides = [5, 2, 3, 2, 2, 2, 2]
-    said = {"encoder_attention_heads": 4, "conv_feature_layers": "[(12, 10, 5)] + [(8, 3, 2)] + [(10, 3, 3)] + [(6, 3, 2)] + [(8, 3, 2), (14, 2, 2), (16, 2, 2)]"}
+    said = {
+        "encoder_attention_heads": 4,
+        "conv_feature_layers": "[(12, 10, 5)] + [(8, 3, 2)] + [(10, 3, 3)] + [(6, 3, 2)]"
+        " + [(8, 3, 2), (14, 2, 2), (16, 2, 2)]",
+    }
     path = tmp_path / "anything.pt"
     contents = {
         "config.json": state_dict(golden, "hf_base"),
         "args": {"args": argparse.Namespace(**said), "model": state_dict(golden, "fairseq")},
         "cfg": {"args": None, "cfg": {"model": said, "task": {"data": "x"}}, "model": state_dict(golden, "fairseq")},
-        "nested cfg": {"cfg": {"model": {"w2v_args": argparse.Namespace(model=said)}}, "model": state_dict(golden, "fairseq_ctc")},
+        "nested cfg": {
+            "cfg": {"model": {"w2v_args": argparse.Namespace(model=said)}},
+            "model": state_dict(golden, "fairseq_ctc"),
+        },
     }[where]
     torch.save(contents, path)
     if where == "config.json":
@@ -399,9 +516,21 @@ def test_heads_and_strides_are_what_the_file_says(golden, tmp_path, where):
     assert (shape.heads, shape.head_width, list(shape.strides)) == ((4, 4), 32, strides)
 
 
-@pytest.mark.parametrize(("name", "value"), [("layer_norm_first", True), ("activation_fn", "relu"), ("extractor_mode", "layer_norm"), ("conv_bias", True), ("encoder_layers", 12)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layer_norm_first", True),
+        ("activation_fn", "relu"),
+        ("extractor_mode", "layer_norm"),
+        ("conv_bias", True),
+        ("encoder_layers", 12),
+    ],
+)
 def test_a_fairseq_model_of_another_architecture_is_refused_by_name(golden, tmp_path, name, value):
-    torch.save({"cfg": {"model": {"encoder_attention_heads": 2, name: value}}, "model": state_dict(golden, "fairseq")}, tmp_path / "x.pt")
+    torch.save(
+        {"cfg": {"model": {"encoder_attention_heads": 2, name: value}}, "model": state_dict(golden, "fairseq")},
+        tmp_path / "x.pt",
+    )
     refused(tmp_path / "x.pt", "layers" if name == "encoder_layers" else name)
 
 
@@ -444,7 +573,18 @@ def write_ctc(folder, golden, tokens, **config):
 
 
 def test_a_fine_tuned_ctc_model_keeps_its_head_and_vocabulary(golden, tmp_path):
-    tokens = {"[PAD]": 9, "|": 4, "a": 0, "b": 1, "<s>": 2, "é": 3, "'": 5, "d": 6, "[UNK]": 7, "ß": 8}  # and one without a name
+    tokens = {
+        "[PAD]": 9,
+        "|": 4,
+        "a": 0,
+        "b": 1,
+        "<s>": 2,
+        "é": 3,
+        "'": 5,
+        "d": 6,
+        "[UNK]": 7,
+        "ß": 8,
+    }  # and one without a name
     tensors = write_ctc(tmp_path, golden, tokens, pad_token_id=9)
     model = load(tmp_path)
     assert model.task == "asr"

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-
 from conftest import LETTERS
 
 import data
@@ -61,7 +60,9 @@ def make_bad(path, how):
         return
     if how == "NaN":
         noise[7] = np.nan
-    soundfile.write(path, noise[: 0 if how == "empty" else None], 16_000, subtype="FLOAT" if path.suffix == ".wav" else None)
+    soundfile.write(
+        path, noise[: 0 if how == "empty" else None], 16_000, subtype="FLOAT" if path.suffix == ".wav" else None
+    )
     whole = path.read_bytes()
     if how == "truncated":
         path.write_bytes(whole[: len(whole) // 2])
@@ -91,7 +92,20 @@ def test_bad_audio_is_an_error_that_names_file_and_reason(tmp_path, name, how, r
     assert reason in str(info.value)
 
 
-@pytest.mark.parametrize(("ending", "options"), [("wav", {}), ("flac", {}), ("ogg", {}), ("mp3", {}), ("aiff", {}), ("au", {}), ("caf", {}), ("w64", {}), ("opus", {"format": "OGG", "subtype": "OPUS"})])
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        ("wav", {}),
+        ("flac", {}),
+        ("ogg", {}),
+        ("mp3", {}),
+        ("aiff", {}),
+        ("au", {}),
+        ("caf", {}),
+        ("w64", {}),
+        ("opus", {"format": "OGG", "subtype": "OPUS"}),
+    ],
+)
 @pytest.mark.parametrize("name", ["x", "x.raw", "no ending"])
 def test_audio_of_any_format_is_known_by_what_is_in_it(tmp_path, ending, options, name):
     soundfile.write(tmp_path / f"x.{ending}", tone(500, 16_000, 1.0), 16_000, **options)
@@ -99,7 +113,9 @@ def test_audio_of_any_format_is_known_by_what_is_in_it(tmp_path, ending, options
     path = tmp_path / (name + f".{ending}" if name == "x" else name)
     (tmp_path / f"x.{ending}").rename(path)
     assert np.allclose(data.read_audio(path), expected, atol=1e-5)
-    assert data.measured(data.Utterance("", path, 0.0, "a"), "asr", set()).seconds == pytest.approx(len(expected) / 16_000)
+    assert data.measured(data.Utterance("", path, 0.0, "a"), "asr", set()).seconds == pytest.approx(
+        len(expected) / 16_000
+    )
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff", "au", "caf"])
@@ -168,7 +184,10 @@ def test_random_batches_differ_each_time_and_repeat_with_their_seed():
 
 def test_loading_pads_and_leaves_out_what_it_cannot_read(tmp_path):
     make_bad(tmp_path / "bad.wav", "NaN")
-    good = [data.Utterance(str(n), np.random.default_rng(n).normal(size=n).astype(np.float32), n / 16_000) for n in (500, 700)]
+    good = [
+        data.Utterance(str(n), np.random.default_rng(n).normal(size=n).astype(np.float32), n / 16_000)
+        for n in (500, 700)
+    ]
     bad = data.Utterance("bad", tmp_path / "bad.wav", 1.0)
     batch, waveforms, lengths, reasons = data.load_batch([good[0], bad, good[1]])
     assert batch == good
@@ -183,7 +202,10 @@ def test_loading_pads_and_leaves_out_what_it_cannot_read(tmp_path):
 
 
 def test_the_vocabulary_is_the_blank_the_space_and_what_the_transcripts_hold():
-    assert data.vocabulary(["ŒUVRE 3", "Ø'1"]) == ["<pad>", "|", *sorted("ŒUVRE3Ø'1".replace("E", "", 1) + "E")][: 2 + len(set("ŒUVRE3Ø'1"))]
+    assert (
+        data.vocabulary(["ŒUVRE 3", "Ø'1"])
+        == ["<pad>", "|", *sorted("ŒUVRE3Ø'1".replace("E", "", 1) + "E")][: 2 + len(set("ŒUVRE3Ø'1"))]
+    )
     assert data.vocabulary(["ДА НЕТ"]) == ["<pad>", "|", *"АДЕНТ"]
 
 
@@ -223,7 +245,11 @@ def test_frames_needed_is_where_ctc_becomes_possible(text):
     target = data.encode(text, {character: index for index, character in enumerate(LETTERS)})
     for frames, possible in ((data.frames_needed(text), True), (data.frames_needed(text) - 1, False)):
         log_probabilities = torch.zeros(frames, 1, len(LETTERS)).log_softmax(2)
-        loss = torch.nn.functional.ctc_loss(log_probabilities, target, torch.tensor([frames]), torch.tensor([len(target)])) if frames else torch.tensor(torch.inf)
+        loss = (
+            torch.nn.functional.ctc_loss(log_probabilities, target, torch.tensor([frames]), torch.tensor([len(target)]))
+            if frames
+            else torch.tensor(torch.inf)
+        )
         assert loss.isfinite() == possible
 
 
@@ -305,25 +331,43 @@ def test_librispeech_with_other_audio_ids_and_white_space(tmp_path):
         speak(folder / f"a.b.{i}.{ending}")
     (folder / "84-121123.trans.txt").write_text("a.b.0\tONE\na.b.1 \t  TWO  THREE \r\n\na.b.2 FOUR\n")
     corpus = open_corpus(tmp_path, "asr")
-    assert [(u.name, u.text, u.speaker) for u in corpus.train] == [("a.b.0", "ONE", "84"), ("a.b.1", "TWO THREE", "84"), ("a.b.2", "FOUR", "84")]
+    assert [(u.name, u.text, u.speaker) for u in corpus.train] == [
+        ("a.b.0", "ONE", "84"),
+        ("a.b.1", "TWO THREE", "84"),
+        ("a.b.2", "FOUR", "84"),
+    ]
 
 
 # --- Tables and Kaldi data directories ---
 
 
-def make_table(root, splits=("train", "dev", "test"), columns=("path", "sentence", "intent", "client_id"), clips="clips", count=12, names=None):
+def make_table(
+    root,
+    splits=("train", "dev", "test"),
+    columns=("path", "sentence", "intent", "client_id"),
+    clips="clips",
+    count=12,
+    names=None,
+):
     """As Common Voice has them, with other columns and quotation marks; three speakers."""
     for split in splits:
         rows = ["\t".join(["up_votes", *columns, "locale"])]
         for i in range(count):
             speak(root / clips / f"{split}-{i}.mp3")
-            values = {"path": f"{split}-{i}.mp3", "sentence": f'"Grüß Gott, Nummer {i % 3}', "text": f"Grüß Gott, Nummer {i % 3}", "intent": ("gruß", "frage")[i % 2]}
+            values = {
+                "path": f"{split}-{i}.mp3",
+                "sentence": f'"Grüß Gott, Nummer {i % 3}',
+                "text": f"Grüß Gott, Nummer {i % 3}",
+                "intent": ("gruß", "frage")[i % 2],
+            }
             rows.append("\t".join(["2", *(values.get(column, f"speaker{i % 3}") for column in columns), "de"]))
         (root / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return root
 
 
-@pytest.mark.parametrize("columns", [("path", "sentence", "intent", "client_id"), ("intent", "text", "speaker", "path")])
+@pytest.mark.parametrize(
+    "columns", [("path", "sentence", "intent", "client_id"), ("intent", "text", "speaker", "path")]
+)
 @pytest.mark.parametrize("clips", ["clips", "."])
 def test_a_table(tmp_path, columns, clips):
     root = make_table(tmp_path, columns=columns, clips=clips)
@@ -331,7 +375,12 @@ def test_a_table(tmp_path, columns, clips):
         corpus = open_corpus(root, task)
         assert [len(split) for split in (corpus.train, corpus.dev, corpus.test)] == [12, 12, 12]
         first = corpus.dev[1]
-        assert (first.name, first.text, first.intent, first.speaker) == ("dev-1.mp3", "GRÜSS GOTT NUMMER 1", "frage", "speaker1")
+        assert (first.name, first.text, first.intent, first.speaker) == (
+            "dev-1.mp3",
+            "GRÜSS GOTT NUMMER 1",
+            "frage",
+            "speaker1",
+        )
         assert first.seconds == pytest.approx(0.5, abs=0.01)
     assert data.vocabulary(u.text for u in corpus.train) == ["<pad>", "|", *sorted("GRÜSOTNUME012")]
 
@@ -346,7 +395,10 @@ def test_subsets_of_a_table_are_named_by_flags_and_joined(tmp_path):
         open_corpus(root, "asr", subsets={"train": "other", "dev": "invalidated"})
 
 
-@pytest.mark.parametrize(("columns", "task", "words"), [(("text",), "asr", "path"), (("path", "intent"), "asr", "sentence or text"), (("path", "text"), "slu", "intent")])
+@pytest.mark.parametrize(
+    ("columns", "task", "words"),
+    [(("text",), "asr", "path"), (("path", "intent"), "asr", "sentence or text"), (("path", "text"), "slu", "intent")],
+)
 def test_a_table_without_a_column_that_is_needed_is_refused(tmp_path, columns, task, words):
     with pytest.raises(UserError, match=rf"train\.tsv.*{words}"):
         open_corpus(make_table(tmp_path, columns=columns), task)
@@ -358,7 +410,10 @@ def test_rows_of_a_table_that_cannot_be_used_are_skipped_with_their_reason(tmp_p
     path.write_text(path.read_text() + "2\tmissing.mp3\ta\tb\tc\td\n2\ttrain-0.mp3\n2\ttrain-0.mp3\t...\tb\tc\td\n")
     corpus = open_corpus(root, "asr", skip_bad=True)
     assert len(corpus.train) == 12
-    assert [word in reason for word, reason in zip(("missing.mp3: is missing", "line 15", "transcript is empty"), corpus.skipped)] == [True] * 3
+    assert [
+        word in reason
+        for word, reason in zip(("missing.mp3: is missing", "line 15", "transcript is empty"), corpus.skipped)
+    ] == [True] * 3
     path.write_text(path.read_text() + "2\ttrain-1.mp3\ta\t \tc\td\n")
     assert any("intent" in reason for reason in open_corpus(root, "slu", skip_bad=True).skipped)
     for text in ("", "\n", "path\tsentence\n"):
@@ -371,7 +426,9 @@ def test_without_a_dev_split_every_tenth_speaker_is_lent_and_it_is_said(tmp_path
     caplog.set_level("INFO")
     root = make_table(tmp_path, splits=("train", "test"), count=33)
     path = root / "train.tsv"
-    path.write_text(re.sub(r"speaker\d", lambda match, n=iter(range(33)): f"speaker{next(n) // 3:02}", path.read_text()))  # eleven, each with three
+    path.write_text(
+        re.sub(r"speaker\d", lambda match, n=iter(range(33)): f"speaker{next(n) // 3:02}", path.read_text())
+    )  # eleven, each with three
     corpus = open_corpus(root, "asr")
     assert sorted({u.speaker for u in corpus.dev}) == ["speaker00", "speaker10"]
     assert (len(corpus.dev), len(corpus.train), corpus.size) == (6, 27, 66)
@@ -406,7 +463,9 @@ def test_a_kaldi_data_directory(tmp_path, caplog):
     caplog.set_level("INFO")
     root = make_kaldi(tmp_path)
     corpus = open_corpus(root, "asr")
-    assert [(u.name, u.text, u.speaker) for u in corpus.dev] == [(f"dev.u-{i}", f"ПРИВЕТ {i}", f"s{i % 2}") for i in range(4)]
+    assert [(u.name, u.text, u.speaker) for u in corpus.dev] == [
+        (f"dev.u-{i}", f"ПРИВЕТ {i}", f"s{i % 2}") for i in range(4)
+    ]
     assert [u.intent for u in open_corpus(root, "slu").test] == ["hello", "bye"] * 2
     for folder in ("train", "dev", "test"):
         for file in ("utt2spk", "utt2intent"):
@@ -441,7 +500,7 @@ def test_a_kaldi_data_directory_that_cannot_be_used_says_why(tmp_path):
 
 
 def make_slurp(root, audio="slurp_real", count=3):
-    """Annotations as SLURP has them; of the second sentence, `intent` lacks the scenario, as on 1.5 % of the real lines."""
+    """Annotations as SLURP has them; `intent` of the second lacks the scenario, as on 1.5 % of the real lines."""
     for split in ("train", "devel", "test"):
         lines = []
         for i in range(count):
@@ -449,8 +508,14 @@ def make_slurp(root, audio="slurp_real", count=3):
             files = [f"audio-{split}-{i}.flac", f"audio-{split}-{i}-headset.flac"]
             for file in files:
                 speak(root / audio / file)
-            entry = {"slurp_id": i, "sentence": "will it rain", "intent": action if i == 1 else f"{scenario}_{action}",
-                     "scenario": scenario, "action": action, "recordings": [{"file": file, "wer": 0.0} for file in files]}  # fmt: skip
+            entry = {
+                "slurp_id": i,
+                "sentence": "will it rain",
+                "intent": action if i == 1 else f"{scenario}_{action}",
+                "scenario": scenario,
+                "action": action,
+                "recordings": [{"file": file, "wer": 0.0} for file in files],
+            }
             lines.append(json.dumps(entry))
         path = root / "dataset" / "slurp" / f"{split}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -485,7 +550,20 @@ def test_slurp_without_its_audio_and_with_names_that_leave_it(tmp_path):
         open_corpus(tmp_path, "slu")
 
 
-@pytest.mark.parametrize("line", ["[" * 100_000, '{"scenario": "\\u001b[2J", "action": "x", "sentence": "x", "recordings": []}', '{"scenario": "", "action": "x", "sentence": "x", "recordings": []}', "{", "[]", "7", '{"scenario": "a"}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": [{}]}', '{"scenario": 1, "action": 2, "sentence": "x", "recordings": 5}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"scenario": "\\u001b[2J", "action": "x", "sentence": "x", "recordings": []}',
+        '{"scenario": "", "action": "x", "sentence": "x", "recordings": []}',
+        "{",
+        "[]",
+        "7",
+        '{"scenario": "a"}',
+        '{"scenario": 1, "action": 2, "sentence": "x", "recordings": [{}]}',
+        '{"scenario": 1, "action": 2, "sentence": "x", "recordings": 5}',
+    ],
+)
 def test_a_malformed_annotation_is_skipped_with_its_line(tmp_path, line):
     path = make_slurp(tmp_path) / "dataset" / "slurp" / "train.jsonl"
     path.write_text(path.read_text() + line + "\n")
@@ -494,11 +572,28 @@ def test_a_malformed_annotation_is_skipped_with_its_line(tmp_path, line):
     assert len(open_corpus(tmp_path, "slu", skip_bad=True).train) == 6
 
 
-@pytest.mark.parametrize(("rate", "channels", "frames"), [(16_000, 1, 2**30), (1, 1, 8_000), (2**31 - 1, 1, 8_000), (16_000, 2_000, 10**6)])
+@pytest.mark.parametrize(
+    ("rate", "channels", "frames"), [(16_000, 1, 2**30), (1, 1, 8_000), (2**31 - 1, 1, 8_000), (16_000, 2_000, 10**6)]
+)
 def test_audio_headers_that_promise_too_much_are_refused_before_anything_is_allocated(tmp_path, rate, channels, frames):
     path = tmp_path / "x.wav"
     size = min(2**32 - 100, frames * channels)
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", size + 36, b"WAVE", b"fmt ", 16, 1, channels, rate, min(2**32 - 1, rate * channels), channels, 8, b"data", size)
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH4sI",
+        b"RIFF",
+        size + 36,
+        b"WAVE",
+        b"fmt ",
+        16,
+        1,
+        channels,
+        rate,
+        min(2**32 - 1, rate * channels),
+        channels,
+        8,
+        b"data",
+        size,
+    )
     path.write_bytes(head + bytes(16_000))
     with pytest.raises(UserError, match="x.wav: "):
         data.read_audio(path)
@@ -555,8 +650,13 @@ def test_utterances_too_short_for_a_frame_or_their_transcript_are_skipped():
     def utterance(name, samples, text):
         return data.Utterance(name, None, samples / 16_000, text)
 
-    utterances = [utterance("no frame", 399, "A"), utterance("one frame", 400, "A"), utterance("two letters", 400, "AB"),
-                  utterance("repeat", 720, "AA"), utterance("fits", 720, "AB")]  # fmt: skip
+    utterances = [
+        utterance("no frame", 399, "A"),
+        utterance("one frame", 400, "A"),
+        utterance("two letters", 400, "AB"),
+        utterance("repeat", 720, "AA"),
+        utterance("fits", 720, "AB"),
+    ]
     corpus, frames = data.Corpus("x"), lambda samples: BASE.frames(samples)[-1]
     assert [u.name for u in data.usable(utterances, corpus, frames, ctc=True)] == ["one frame", "fits"]
     assert len(corpus.skipped) == 3
@@ -573,7 +673,10 @@ def test_the_demo_trains_on_what_the_seed_gives_and_tests_on_the_same(monkeypatc
         assert np.array_equal(first.audio, second.audio)
     assert any(x.text != y.text for x, y in zip(a.train, c.train))
     assert not any(x.text == y.text and np.array_equal(x.audio, y.audio) for x in a.train for y in a.test)
-    assert all(x.text == y.text and np.array_equal(x.audio, y.audio) for x, y in zip(a.dev + a.test, c.dev + c.test, strict=True))
+    assert all(
+        x.text == y.text and np.array_equal(x.audio, y.audio)
+        for x, y in zip(a.dev + a.test, c.dev + c.test, strict=True)
+    )
     for u in a.train:
         samples = u.audio
         assert np.isfinite(samples).all()
@@ -583,7 +686,9 @@ def test_the_demo_trains_on_what_the_seed_gives_and_tests_on_the_same(monkeypatc
 
 
 def test_every_word_of_the_demo_can_be_spoken():
-    words = {word for commands in data.COMMANDS.values() for command in commands for word in command.split()} - {"#"} | set(data.ASR_WORDS)
+    words = {word for commands in data.COMMANDS.values() for command in commands for word in command.split()} - {
+        "#"
+    } | set(data.ASR_WORDS)
     assert words <= set(data.WORDS)
     assert {phone for word in data.WORDS.values() for phone in word} <= set(data.PHONES)
     assert len({data.WORDS[word] for word in data.ASR_WORDS}) == len(data.ASR_WORDS)  # no two sound alike
@@ -591,7 +696,13 @@ def test_every_word_of_the_demo_can_be_spoken():
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("missing", "missing"), ("no bytes", "not readable audio"), ("not audio", "not readable audio"), ("no transcript", "transcript is empty"), ("not a line", "not `ID TEXT`")],
+    [
+        ("missing", "missing"),
+        ("no bytes", "not readable audio"),
+        ("not audio", "not readable audio"),
+        ("no transcript", "transcript is empty"),
+        ("not a line", "not `ID TEXT`"),
+    ],
 )
 def test_each_bad_utterance_is_skipped_with_its_reason_and_too_many_are_an_error(tmp_path, how, reason):
     make_librispeech(tmp_path, 40)
@@ -600,7 +711,9 @@ def test_each_bad_utterance_is_skipped_with_its_reason_and_too_many_are_an_error
     for i, allowed in ((0, True), (1, False)):  # 1 of 120 is under one per cent, 2 are not
         path = folder / f"84-121123-{i:04}.flac"
         if how == "no transcript":
-            transcripts.write_text(transcripts.read_text().replace(f"84-121123-{i:04} GO ON NUMBER {'AB'[i]}", f"84-121123-{i:04} ..."))
+            transcripts.write_text(
+                transcripts.read_text().replace(f"84-121123-{i:04} GO ON NUMBER {'AB'[i]}", f"84-121123-{i:04} ...")
+            )
         elif how == "not a line":
             transcripts.write_text(transcripts.read_text().replace(f"84-121123-{i:04} ", f"../84-121123-{i:04} "))
         else:

@@ -1,4 +1,4 @@
-"""The counts against a hand computation, against torch's own counter, against sampling, and against finite differences."""
+"""The counts against a hand computation, torch's own counter, sampling, and finite differences."""
 
 import random
 import subprocess
@@ -39,7 +39,7 @@ def test_the_small_model_has_the_proportions_of_base():
 
 
 def random_shape(rng, seed):
-    """An unevenly pruned shape; every third has layers without heads or without units, or convolutions of one channel."""
+    """An unevenly pruned shape; every third has layers without heads or units, or convolutions of one channel."""
     layers, groups = rng.randint(0, 3), rng.choice([1, 2, 4])
     empty = seed % 3 == 0
 
@@ -86,7 +86,13 @@ def test_each_parts_parameters_are_those_of_its_modules():
 
 
 def test_integer_tensors_give_the_same_cost_as_integers():
-    as_tensors = TINY.with_counts({(kind, i): torch.tensor(n) for kind in ("channels", "heads", "units") for i, n in enumerate(getattr(TINY, kind))})
+    as_tensors = TINY.with_counts(
+        {
+            (kind, i): torch.tensor(n)
+            for kind in ("channels", "heads", "units")
+            for i, n in enumerate(getattr(TINY, kind))
+        }
+    )
     c, d = cost(TINY, 12_345), cost(as_tensors, 12_345)
     assert (d.macs, d.params) == (c.macs, c.params)
     assert d.macs.dtype == torch.int64
@@ -155,11 +161,16 @@ def test_the_command_prints_the_table_of_base():
 
 
 def test_flops_needs_nothing_of_the_project():
-    code = "import sys, flops; print(sorted({'gates', 'frontend', 'transformer', 'data', 'sslprune', 'torch'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True).stdout == "[]\n"
+    others = ["gates", "frontend", "transformer", "data", "sslprune", "torch"]
+    code = f"import sys, flops; print(sorted(set({others}) & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True).stdout == "[]\n"
+    )
 
 
-@pytest.mark.parametrize("arguments", [["--seconds", "0"], ["--seconds", "nan"], ["--seconds", "long"], ["a.pt"], ["--unknown"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seconds", "0"], ["--seconds", "nan"], ["--seconds", "long"], ["a.pt"], ["--unknown"]]
+)
 def test_wrong_use_of_the_command_ends_in_one_line(arguments):
     result = run_flops(*arguments)
     assert result.returncode == 2

@@ -39,7 +39,9 @@ def test_samples_follow_the_equation():
 
 def test_gates_start_open_and_are_deterministic_at_evaluation():
     gate = HardConcrete(5)
-    assert torch.allclose(gate.log_alpha.exp(), torch.tensor(99.0))  # as in flop and DPHuBERT, at their drop rate of 0.01
+    assert torch.allclose(
+        gate.log_alpha.exp(), torch.tensor(99.0)
+    )  # as in flop and DPHuBERT, at their drop rate of 0.01
     assert torch.allclose(1 - gate.open_probability(), torch.tensor(0.002038, dtype=torch.float64), atol=1e-6)
     gate.eval()
     assert (gate() == 1).all()
@@ -103,7 +105,10 @@ def test_the_expected_cost_does_not_swing_about_the_budget(method):
     wanted = [10 ** (torch.rand(len(gate.log_alpha)) * 3 - 4.5) for gate in gates.values()]
     for step in range(updates):
         optimizer.zero_grad()
-        task = sum((want * (1 + 3 * torch.randn_like(want)) * (1 - gate()) ** 2).sum() for want, gate in zip(wanted, gates.values()))
+        task = sum(
+            (want * (1 + 3 * torch.randn_like(want)) * (1 - gate()) ** 2).sum()
+            for want, gate in zip(wanted, gates.values())
+        )
         (task + lagrangian(gates, min(1, 2 * step / updates))).backward()
         optimizer.step()
         off.append((1 - lagrangian.sparsity(gates) - budget).abs().max().item())
@@ -139,7 +144,10 @@ def test_hardening_keeps_the_best_units_that_the_budget_allows(method, budget):
 def test_hardening_has_one_threshold_over_all_layers():
     model = tiny(("units",))
     with torch.no_grad():
-        for (_, layer), gate in model.gates.items():  # layer 1 all low, layer 2 all high; units cost the same everywhere
+        for (
+            _,
+            layer,
+        ), gate in model.gates.items():  # layer 1 all low, layer 2 all high; units cost the same everywhere
             gate.log_alpha.copy_(torch.randn_like(gate.log_alpha) * 0.1 + [0.0, -3.0, 3.0][layer])
     whole = cost(TINY, SAMPLES).macs
     units_16 = whole - cost(TINY.with_counts({("units", 0): 4}), SAMPLES).macs
@@ -166,7 +174,7 @@ def test_hardening_meets_every_budget_within_its_tolerance_and_keeps_whole_group
             assert budget - 0.002 < measure(cost(model.shape, SAMPLES)) / measure(dense) <= budget
         grain = {"channels": 32 if shape is BASE else 16, "units": 16}
         ragged = [count for kind in grain for count in getattr(model.shape, kind) if count % grain[kind] and count != 1]
-        # A group is a larger part of a budget of parameters; then single units fill one layer, or two of a frontend alone.
+        # A group is a larger part of a budget of parameters; single units fill one layer, or two of a frontend alone.
         assert len(ragged) <= {"mac": 0, "transformer": 0, "size": 1, "sepsize": 3}[method]
 
 
@@ -225,7 +233,10 @@ def test_the_floor_is_the_smallest_model_that_the_method_can_make(method):
             low = middle
     model = tiny(KINDS[method])
     harden(model.gates, TINY, method, high)
-    assert max(measure(cost(model.shape, SAMPLES)) / measure(cost(TINY, SAMPLES)) for measure in CONSTRAINED[method]) <= high
+    assert (
+        max(measure(cost(model.shape, SAMPLES)) / measure(cost(TINY, SAMPLES)) for measure in CONSTRAINED[method])
+        <= high
+    )
     if method != "sepsize":  # whose two parts have two floors
         assert set(model.shape.heads + model.shape.units) == {0}
         assert set(model.shape.channels) == ({1} if method != "transformer" else set(TINY.channels))

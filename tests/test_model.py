@@ -52,24 +52,33 @@ def test_the_first_convolution_is_convolution_and_group_norm():
     with torch.no_grad():
         layer.norm_weight.normal_()
         layer.norm_bias.normal_()
-        layer.weight[0] = torch.tensor([1.0, -1] * 5)  # a high-pass kernel: what is left of this input is a millionth of its power
+        layer.weight[0] = torch.tensor(
+            [1.0, -1] * 5
+        )  # a high-pass kernel: what is left of this input is a millionth of its power
     slow = torch.sin(torch.arange(16_000) / 400)
     waveforms = torch.stack([torch.randn(16_000), slow + 1e-3 * torch.randn(16_000), slow * 3 + 5])
     for name, weight in layer.named_parameters():
         expected = F.group_norm(
-            F.conv1d(waveforms[:, None].double(), layer.weight.double(), stride=5), 6, layer.norm_weight.double(), layer.norm_bias.double()
+            F.conv1d(waveforms[:, None].double(), layer.weight.double(), stride=5),
+            6,
+            layer.norm_weight.double(),
+            layer.norm_bias.double(),
         )
         found = layer(waveforms)
         assert (found - expected).abs().max() < 2e-3  # float32 convolution of the third, whose outputs nearly cancel
         assert (found - expected)[:2].abs().max() < 1e-4
         direction = torch.randn(found.shape)
         gradients = [torch.autograd.grad((y * direction)[:2].sum(), weight)[0] for y in (found, expected)]
-        assert torch.allclose(gradients[0], gradients[1].float(), rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item()), name
+        assert torch.allclose(
+            gradients[0], gradients[1].float(), rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item()
+        ), name
 
 
 def reference_forward(model, waveforms):
-    """The gated model as the paper puts it, written apart from the code: every unit's output is multiplied by its gate."""
-    in_turn = sorted(model.gates, key=lambda place: (place[0] != "channels", place[1], place[0]))  # as the model comes to them
+    """The gated model as the paper puts it, written anew: every unit's output is multiplied by its gate."""
+    in_turn = sorted(
+        model.gates, key=lambda place: (place[0] != "channels", place[1], place[0])
+    )  # as the model comes to them
     gates = {place: model.gates[place]() for place in in_turn}
 
     def gate(kind, layer, size):
@@ -85,7 +94,9 @@ def reference_forward(model, waveforms):
     x = model.projection.linear(F.layer_norm(x.transpose(1, 2), (x.shape[1],), norm.weight, norm.bias))
     p = model.position
     weight = p.weight_v / p.weight_v.square().sum((0, 1), keepdim=True).sqrt() * p.weight_g
-    x = model.norm(x + F.gelu(F.conv1d(x.transpose(1, 2), weight, p.bias, padding=8, groups=4)[..., :-1]).transpose(1, 2))
+    x = model.norm(
+        x + F.gelu(F.conv1d(x.transpose(1, 2), weight, p.bias, padding=8, groups=4)[..., :-1]).transpose(1, 2)
+    )
     for i, layer in enumerate(model.layers):
         a, heads = layer.attention, []
         for h in range(TINY.heads[i]):
@@ -142,7 +153,9 @@ def test_the_sliced_model_is_the_gated_one(kinds):
         check_slice(tiny(kinds, seed, spread=2.0))
 
 
-@pytest.mark.parametrize("place", [*(("channels", i) for i in range(7)), *((kind, i) for kind in ("heads", "units") for i in range(3))])
+@pytest.mark.parametrize(
+    "place", [*(("channels", i) for i in range(7)), *((kind, i) for kind in ("heads", "units") for i in range(3))]
+)
 def test_slicing_is_exact_at_every_place_alone_down_to_the_last_unit(place):
     model = tiny(KINDS["mac"], spread=0)
     with torch.no_grad():
@@ -168,7 +181,11 @@ def test_padding_and_slicing_change_nothing_in_bfloat16_beyond_its_precision():
     with torch.no_grad():
         exact = model(waveforms, lengths)[0][1, :15]
         with torch.autocast("cpu", torch.bfloat16):
-            gated, cut, alone = model(waveforms, lengths)[0], sliced(waveforms, lengths)[0], model(waveforms[1:, :5_000])[0]
+            gated, cut, alone = (
+                model(waveforms, lengths)[0],
+                sliced(waveforms, lengths)[0],
+                model(waveforms[1:, :5_000])[0],
+            )
     for features in (gated[1, :15], cut[1, :15], alone[0]):
         assert 0 < (features - exact).norm() / exact.norm() < 0.03
 
@@ -185,8 +202,15 @@ def test_what_lies_beyond_an_utterance_has_no_part_in_the_gradients(lengths):
 
 def test_arguments_of_other_shapes_are_refused():
     model = tiny()
-    for waveforms, lengths in ((torch.randn(3_000), None), (torch.randn(0, 3_000), None), (torch.randn(2, 3_000), torch.tensor([3_000])),
-                               (torch.randn(1, 3_000), torch.tensor([3_000.0])), (torch.randn(1, 3_000), torch.tensor([3_001])), (torch.randn(1, 399), None)):  # fmt: skip
+    cases = [
+        (torch.randn(3_000), None),
+        (torch.randn(0, 3_000), None),
+        (torch.randn(2, 3_000), torch.tensor([3_000])),
+        (torch.randn(1, 3_000), torch.tensor([3_000.0])),
+        (torch.randn(1, 3_000), torch.tensor([3_001])),
+        (torch.randn(1, 399), None),
+    ]
+    for waveforms, lengths in cases:
         with pytest.raises(ValueError, match="waveforms|lengths|utterance"):
             model(waveforms, lengths)
 
@@ -230,11 +254,14 @@ def test_a_sliced_projection_is_layer_norm_over_all_channels_of_the_dense_model(
 
 
 def test_the_gradient_of_the_last_convolutions_gates_is_that_of_the_expected_loss():
-    """Against finite differences with the same noise. Statistics over the open channels only would jump as a gate shuts."""
+    """Against finite differences with the same noise; statistics over the open channels only jump as a gate shuts."""
     torch.manual_seed(0)
     draws, step = 40_000, 0.05
     projection, gate = Projection(6, 5, 6).double().eval(), HardConcrete(6).double()
-    x, target = torch.randn(1, 3, 6).double() + torch.tensor([3.0, -2, 1, 0, 0, 0]).double(), torch.randn(1, 3, 5).double()
+    x, target = (
+        torch.randn(1, 3, 6).double() + torch.tensor([3.0, -2, 1, 0, 0, 0]).double(),
+        torch.randn(1, 3, 5).double(),
+    )
     with torch.no_grad():
         gate.log_alpha.copy_(torch.tensor([-1.0, 0.5, 0.0, 1.0, -0.5, 2.0]))
     noise = torch.logit(torch.rand(draws, 6).double())
@@ -339,7 +366,9 @@ def test_dropout_acts_at_each_of_its_places_in_training_only(place):
     assert not torch.equal(model.train()(waveforms)[0], model.eval()(waveforms)[0])
 
 
-@pytest.mark.parametrize(("samples", "lengths"), [(399, None), (1_000, [1_000, 399]), (1_000, [1_001, 800]), (1_000, [1_000])])
+@pytest.mark.parametrize(
+    ("samples", "lengths"), [(399, None), (1_000, [1_000, 399]), (1_000, [1_001, 800]), (1_000, [1_000])]
+)
 def test_impossible_lengths_are_refused(samples, lengths):
     with pytest.raises(ValueError, match="samples"):
         tiny()(torch.randn(2, samples), None if lengths is None else torch.tensor(lengths))
@@ -352,7 +381,6 @@ def test_a_gate_is_of_the_mode_of_its_model():
     assert all(isinstance(gate, HardConcrete) for gate in model.gates.values())
 
 
-
 # --- The head and its losses ---
 
 
@@ -361,7 +389,11 @@ def utterances(*labels):
 
 
 def test_intents_of_a_padded_batch_are_those_of_each_utterance_alone():
-    model, waveforms, lengths = SpeechModel(tiny(), "slu", ["a", "b", "c"]).eval(), torch.randn(3, 8_000), torch.tensor([8_000, 5_000, 900])
+    model, waveforms, lengths = (
+        SpeechModel(tiny(), "slu", ["a", "b", "c"]).eval(),
+        torch.randn(3, 8_000),
+        torch.tensor([8_000, 5_000, 900]),
+    )
     with torch.no_grad():
         padded, _ = model(waveforms, lengths)
         for scores, waveform, n in zip(padded, waveforms, lengths):
@@ -369,7 +401,11 @@ def test_intents_of_a_padded_batch_are_those_of_each_utterance_alone():
 
 
 def test_the_loss_of_ctc_is_the_mean_over_utterances_of_the_loss_per_character():
-    model, waveforms, lengths = SpeechModel(tiny(), "asr", LETTERS).eval(), torch.randn(2, 9_000), torch.tensor([9_000, 6_000])
+    model, waveforms, lengths = (
+        SpeechModel(tiny(), "asr", LETTERS).eval(),
+        torch.randn(2, 9_000),
+        torch.tensor([9_000, 6_000]),
+    )
     batch, by_hand = utterances("no", "so long"), []
     with torch.no_grad():
         for utterance, waveform, n in zip(batch, waveforms, lengths):

@@ -1,6 +1,5 @@
-"""What a run survives: death at any moment, signals, many processes, numbers that are not finite, a disk that fills up."""
+"""What a run survives: death at any moment, signals, many processes, numbers that are not finite, a full disk."""
 
-import json
 import os
 import re
 import signal
@@ -9,19 +8,32 @@ import sys
 import time
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import HERE, LETTERS, TINY, tiny
-from test_data import make_bad, make_librispeech, make_slurp
-from test_script import FAST, MAIN, command, refused, report_of, run, small  # noqa: F401
+from test_data import make_librispeech, make_slurp
+from test_script import FAST, refused, report_of, run
 
 import data
 import sslprune
-from flops import UserError
 from gates import KINDS, Lagrangian, harden
 
-RESUMABLE = ["--layer-drop", "0.3", "--time-mask", "0.3", "--batch-seconds", "6", "--evaluate-updates", "2", "--dense-updates", "2", "--prune-updates", "3", "--finetune-updates", "2"]
+RESUMABLE = [
+    "--layer-drop",
+    "0.3",
+    "--time-mask",
+    "0.3",
+    "--batch-seconds",
+    "6",
+    "--evaluate-updates",
+    "2",
+    "--dense-updates",
+    "2",
+    "--prune-updates",
+    "3",
+    "--finetune-updates",
+    "2",
+]
 
 
 class Killed(BaseException):
@@ -38,9 +50,13 @@ def outcome(out):
 
 @pytest.mark.parametrize(
     ("task", "arguments"),
-    [("asr", ["--budget", "0.8"]), ("slu", ["--budget", "0.8", "--method", "sepsize", "--accumulate", "2"]), ("asr", ["--budget", "1"])],
+    [
+        ("asr", ["--budget", "0.8"]),
+        ("slu", ["--budget", "0.8", "--method", "sepsize", "--accumulate", "2"]),
+        ("asr", ["--budget", "1"]),
+    ],
 )
-def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monkeypatch, tmp_path, task, arguments):  # noqa: F811
+def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monkeypatch, tmp_path, task, arguments):
     corpus = {"asr": make_librispeech, "slu": make_slurp}[task](tmp_path / "corpus", count=14)
     bad = sorted(corpus.glob("slurp_real/audio-train-*.flac" if task == "slu" else "train-clean-100/*/*/*.flac"))[3]
     bad.write_bytes(bad.read_bytes()[:-200])  # truncated, which only training finds out
@@ -58,7 +74,9 @@ def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monk
             save(self)
             countdown[0] -= 1
             if countdown[0] == 0:
-                monkeypatch.setattr(torch.optim.Adam, "step", die)  # before the next update, or at once between the phases
+                monkeypatch.setattr(
+                    torch.optim.Adam, "step", die
+                )  # before the next update, or at once between the phases
                 if self.progress.update == 0 or moment % 2:
                     raise Killed
 
@@ -78,7 +96,7 @@ def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monk
         assert outcome(out) == outcome(tmp_path / "whole"), saves[moment - 1]
 
 
-def test_a_run_that_died_before_its_first_save_begins_anew_and_one_that_ended_stays(small, capsys, tmp_path):  # noqa: F811
+def test_a_run_that_died_before_its_first_save_begins_anew_and_one_that_ended_stays(small, capsys, tmp_path):
     arguments = ["--task", "slu", "--budget", "0.9", *FAST, "--out", tmp_path / "run"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "training.state.partial").write_text("half")
@@ -93,9 +111,19 @@ def test_a_run_that_died_before_its_first_save_begins_anew_and_one_that_ended_st
 
 
 @pytest.fixture
-def dead(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+def dead(small, capsys, monkeypatch, tmp_path):
     """A run that died in its pruning phase: the arguments that began it."""
-    arguments = ["--task", "slu", "--budget", "0.9", "--data", make_slurp(tmp_path / "corpus"), *FAST, "--out", tmp_path / "run"]
+    arguments = [
+        "--task",
+        "slu",
+        "--budget",
+        "0.9",
+        "--data",
+        make_slurp(tmp_path / "corpus"),
+        *FAST,
+        "--out",
+        tmp_path / "run",
+    ]
     enter = sslprune.Run.enter
 
     def dying(self, phase):
@@ -149,18 +177,23 @@ def test_without_resume_a_run_that_died_is_left_alone_and_resume_named(dead, cap
 
 
 SLOW = (  # a process that trains for long enough to be met in the middle
-    f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]; import data, sslprune; from conftest import TINY; from dataclasses import replace\n"
+    f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
+    "import data, sslprune; from conftest import TINY; from dataclasses import replace\n"
     "data.DEMO_SIZES = {'train': 40, 'dev': 5, 'test': 6}; sslprune.SMALL = replace(TINY, units=(60,) * 3)\n"
 )
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
+@pytest.mark.parametrize(
+    "numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]]
+)
 def test_a_signal_saves_the_run_and_says_how_to_go_on(tmp_path, numbers):
-    """To the whole group of processes, as schedulers and terminals send it: the processes that load audio are to live on."""
+    """To the whole group of processes, as schedulers and terminals send it: those that load audio are to live on."""
     updates = ["--dense-updates", "100000", "--prune-updates", "1", "--finetune-updates", "1", "--workers", "2"]
     arguments = ["--task", "asr", "--budget", "0.8", *updates, "--out", str(tmp_path / "run")]
     command = [sys.executable, "-c", SLOW + "sys.exit(sslprune.main(sys.argv[1:]))", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while "phase 1" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     time.sleep(1.5)
@@ -175,14 +208,19 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(tmp_path, numbers):
 
 
 def test_a_disk_that_fills_up_while_training_leaves_the_last_state(tmp_path):
-    """A limit on the size of files is the nearest to a full disk that a test may make: the moments of Adam do not fit."""
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+    """A limit on the size of files is the nearest to a full disk that a test may make; Adam's moments do not fit."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
     code, out = "sys.exit(sslprune.main(sys.argv[1:]))", tmp_path / "run"
     arguments = ["--task", "asr", "--budget", "0.8", *FAST, "--out", str(out)]
-    result = subprocess.run([sys.executable, "-c", SLOW + limit + code, *arguments], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", SLOW + limit + code, *arguments], capture_output=True, text=True, check=False
+    )
     refused((result.returncode, result.stdout, result.stderr), "training.state", "large")
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "metrics.jsonl", "training.state"]
-    result = subprocess.run([sys.executable, "-c", SLOW + code, *arguments, "--resume"], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", SLOW + code, *arguments, "--resume"], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0
     assert "goes on at dense 0/2" in result.stdout
 
@@ -205,7 +243,13 @@ RANKS = SLOW + (
 def torchrun(tmp_path, count, *arguments, code=RANKS):
     (tmp_path / "ranks.py").write_text(code)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.run([sys.executable, *launch, str(tmp_path / "ranks.py"), str(tmp_path), *map(str, arguments)], capture_output=True, text=True, check=False, timeout=200)
+    return subprocess.run(
+        [sys.executable, *launch, str(tmp_path / "ranks.py"), str(tmp_path), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
 
 
 def test_two_processes_have_equal_weights_and_gates_and_the_evaluation_of_one(tmp_path, monkeypatch):
@@ -238,12 +282,14 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
     )
     result = torchrun(tmp_path, 2, "--task", "asr", "--budget", "0.8", *FAST, "--out", tmp_path / "run", code=dying)
     assert result.returncode != 0
-    assert re.search(r"sslprune: the processes of this run could not agree \(.+\): where another process has ended", result.stderr)
+    assert re.search(
+        r"sslprune: the processes of this run could not agree \(.+\): where another process has ended", result.stderr
+    )
     assert 'sslprune.py", line' not in result.stderr
 
 
-def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, capsys, monkeypatch, tmp_path):  # noqa: F811
-    """Three batches per update, of one process or of three: each batch of an epoch once, the last update of what is left."""
+def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, capsys, monkeypatch, tmp_path):
+    """Three batches per update, of one process or three: each batch once, the last update of what is left."""
     seen, load_batches, mean_gradients = {}, sslprune.load_batches, sslprune.mean_gradients
     for ranks, accumulate in ((1, 3), (3, 1)):
         for rank in range(ranks):
@@ -255,10 +301,34 @@ def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, cap
                 patch.setattr(sslprune, "add_up", lambda tensors: tensors[0][1].fill_(1))  # some process had a batch
                 patch.setattr(sslprune, "evaluate", lambda *a: ({"word_error_rate": 0.0}, []))
                 patch.setattr(sslprune, "write", lambda *a: None)
-                patch.setattr(sslprune, "load_batches", lambda *a: loads.append([tuple(u.name for u in b) for b in a[0]]) or load_batches(*a))
-                patch.setattr(sslprune, "mean_gradients", lambda run, losses: counts.append(len(losses)) or mean_gradients(run, losses))
-                arguments = ["--task", "asr", "--budget", "1", "--accumulate", accumulate, "--batch-seconds", "5", "--out", tmp_path / f"{ranks}-{rank}"]
-                assert run(capsys, *arguments, "--dense-updates", "12", "--prune-updates", "0", "--finetune-updates", "0")[0] == 0
+                patch.setattr(
+                    sslprune,
+                    "load_batches",
+                    lambda *a: loads.append([tuple(u.name for u in b) for b in a[0]]) or load_batches(*a),
+                )
+                patch.setattr(
+                    sslprune,
+                    "mean_gradients",
+                    lambda run, losses: counts.append(len(losses)) or mean_gradients(run, losses),
+                )
+                arguments = [
+                    "--task",
+                    "asr",
+                    "--budget",
+                    "1",
+                    "--accumulate",
+                    accumulate,
+                    "--batch-seconds",
+                    "5",
+                    "--out",
+                    tmp_path / f"{ranks}-{rank}",
+                ]
+                assert (
+                    run(capsys, *arguments, "--dense-updates", "12", "--prune-updates", "0", "--finetune-updates", "0")[
+                        0
+                    ]
+                    == 0
+                )
             seen[ranks, rank] = loads, counts
     together, counts = seen[1, 0]
     assert counts == [len(batches[i : i + 3]) for batches in together for i in range(0, len(batches), 3)][:12]
@@ -275,7 +345,12 @@ def test_the_mean_of_the_gradients_of_two_batches_is_the_gradient_of_both_in_one
     waveforms, lengths = torch.randn(2, 4_000), torch.tensor([4_000, 4_000])
     batch = [data.Utterance("", None, 0.25, "", intent) for intent in "ab"]
     options = sslprune.parse(["--task", "slu", "--budget", "1"])
-    run = SimpleNamespace(optimizer=sslprune.make_optimizer(model, None, 0.0), options=options, device=torch.device("cpu"), saved=time.monotonic())
+    run = SimpleNamespace(
+        optimizer=sslprune.make_optimizer(model, None, 0.0),
+        options=options,
+        device=torch.device("cpu"),
+        saved=time.monotonic(),
+    )
     whole = model.loss(waveforms, lengths, batch)
     expected = torch.autograd.grad(whole, list(model.parameters()), allow_unused=True)
     losses = [model.loss(waveforms[i : i + 1], lengths[i : i + 1], batch[i : i + 1]) for i in range(2)]
@@ -308,7 +383,7 @@ def test_the_gradients_of_weights_are_clipped_and_those_of_gates_are_not():
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient", "gate"])
-def test_an_update_that_is_not_finite_is_left_out_and_counted(small, capsys, monkeypatch, tmp_path, where):  # noqa: F811
+def test_an_update_that_is_not_finite_is_left_out_and_counted(small, capsys, monkeypatch, tmp_path, where):
     calls, loss = [], sslprune.SpeechModel.loss
 
     def sometimes(self, *arguments):
@@ -330,15 +405,21 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(small, capsys, mon
     assert all(tensor.isfinite().all() for tensor in sslprune.load(tmp_path / "run" / "model.pt").state_dict().values())
 
 
-def test_many_updates_in_a_row_that_are_not_finite_stop_the_run(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+def test_many_updates_in_a_row_that_are_not_finite_stop_the_run(small, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sslprune.SpeechModel, "loss", lambda self, *a: self.head.weight.sum() * torch.inf)
-    status, _, errors = run(capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "run", "--dense-updates", "50")
+    status, _, errors = run(
+        capsys, "--task", "slu", "--budget", "0.9", "--out", tmp_path / "run", "--dense-updates", "50"
+    )
     refused((status, "", errors.splitlines()[-1] + "\n"), "20 updates in a row", "--dense-lr")
 
 
-def test_updates_that_are_not_finite_now_and_then_do_not_stop_the_run(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+def test_updates_that_are_not_finite_now_and_then_do_not_stop_the_run(small, capsys, monkeypatch, tmp_path):
     calls, loss = [], sslprune.SpeechModel.loss
-    monkeypatch.setattr(sslprune.SpeechModel, "loss", lambda self, *a: loss(self, *a) * (torch.nan if calls.append(1) or len(calls) % 2 else 1))
+    monkeypatch.setattr(
+        sslprune.SpeechModel,
+        "loss",
+        lambda self, *a: loss(self, *a) * (torch.nan if calls.append(1) or len(calls) % 2 else 1),
+    )
     updates = ["--dense-updates", "44", "--prune-updates", "0", "--finetune-updates", "0"]
     assert run(capsys, "--task", "slu", "--budget", "1", "--out", tmp_path / "run", *updates)[0] == 0
     assert report_of(tmp_path / "run")["updates_left_out"] == 22
@@ -346,7 +427,10 @@ def test_updates_that_are_not_finite_now_and_then_do_not_stop_the_run(small, cap
 
 def test_ctc_with_too_few_frames_is_finite():
     model = sslprune.SpeechModel(tiny(), "asr", LETTERS)
-    waveforms, batch = torch.randn(2, 720), [data.Utterance("", None, 0.045, text) for text in ("A", "FAR TOO LONG FOR TWO FRAMES")]
+    waveforms, batch = (
+        torch.randn(2, 720),
+        [data.Utterance("", None, 0.045, text) for text in ("A", "FAR TOO LONG FOR TWO FRAMES")],
+    )
     loss = model.loss(waveforms, torch.tensor([720, 720]), batch)
     loss.backward()
     assert loss.isfinite()
@@ -368,7 +452,7 @@ def test_a_convolution_whose_gates_all_shut_neither_spoils_training_nor_the_slic
     assert sliced(torch.randn(1, 4_000))[0].std() > 0
 
 
-def test_a_constraint_that_has_not_converged_is_reported_with_what_to_change(small, capsys, tmp_path):  # noqa: F811
+def test_a_constraint_that_has_not_converged_is_reported_with_what_to_change(small, capsys, tmp_path):
     _, printed, _ = run(capsys, "--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", *FAST)
     assert "has not converged" in printed
     assert "--prune-updates" in printed
@@ -382,21 +466,71 @@ def test_a_constraint_that_has_not_converged_is_reported_with_what_to_change(sma
         assert bool(printed) == bool(then) == ("Give more --prune-updates, or a larger --gate-lr" in printed)
 
 
-def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, capsys, monkeypatch, tmp_path):  # noqa: F811
+def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, capsys, monkeypatch, tmp_path):
     seen, load_batches = set(), sslprune.load_batches
-    monkeypatch.setattr(sslprune, "load_batches", lambda *a: seen.update(u.audio.parts[-4] + u.name for b in a[0] for u in b) or load_batches(*a))
+    monkeypatch.setattr(
+        sslprune,
+        "load_batches",
+        lambda *a: seen.update(u.audio.parts[-4] + u.name for b in a[0] for u in b) or load_batches(*a),
+    )
     corpus = make_librispeech(tmp_path / "corpus", 6)  # 0.5 s to 1 s
-    assert run(capsys, "--task", "asr", "--budget", "0.9", "--data", corpus, "--max-seconds", "0.75", *FAST, "--out", tmp_path / "run")[0] == 0
+    assert (
+        run(
+            capsys,
+            "--task",
+            "asr",
+            "--budget",
+            "0.9",
+            "--data",
+            corpus,
+            "--max-seconds",
+            "0.75",
+            *FAST,
+            "--out",
+            tmp_path / "run",
+        )[0]
+        == 0
+    )
     assert report_of(tmp_path / "run")["too_long"] == 3
     assert report_of(tmp_path / "run")["skipped"] == 0
     assert sum(name.startswith("train") for name in seen) == 3
     assert sum(name.startswith("test") for name in seen) == 6
-    refused(run(capsys, "--task", "asr", "--budget", "0.9", "--data", corpus, "--max-seconds", "0.3", *FAST, "--out", tmp_path / "none"), "--max-seconds")
+    refused(
+        run(
+            capsys,
+            "--task",
+            "asr",
+            "--budget",
+            "0.9",
+            "--data",
+            corpus,
+            "--max-seconds",
+            "0.3",
+            *FAST,
+            "--out",
+            tmp_path / "none",
+        ),
+        "--max-seconds",
+    )
 
 
-def test_worker_processes_load_the_same(small, capsys, tmp_path):  # noqa: F811
+def test_worker_processes_load_the_same(small, capsys, tmp_path):
     for workers in (0, 2):
-        assert run(capsys, "--task", "slu", "--budget", "0.9", "--workers", workers, *FAST, "--out", tmp_path / str(workers))[0] == 0
+        assert (
+            run(
+                capsys,
+                "--task",
+                "slu",
+                "--budget",
+                "0.9",
+                "--workers",
+                workers,
+                *FAST,
+                "--out",
+                tmp_path / str(workers),
+            )[0]
+            == 0
+        )
     assert outcome(tmp_path / "0") == outcome(tmp_path / "2")
 
 
@@ -407,7 +541,10 @@ def test_nothing_stays_on_the_cpu_that_belongs_on_a_device():
     model.encoder.layer_drop, model.encoder.projection.time_mask, model.encoder.projection.channel_mask = 0.1, 0.5, 0.5
     lagrangian = Lagrangian(TINY, "mac", 0.5).to("meta")
     model.to("meta").train()
-    waveforms, batch = torch.zeros(2, 4_000, device="meta"), [data.Utterance("", None, 0.25, "", intent) for intent in "ab"]
+    waveforms, batch = (
+        torch.zeros(2, 4_000, device="meta"),
+        [data.Utterance("", None, 0.25, "", intent) for intent in "ab"],
+    )
     for lengths in (torch.tensor([4_000, 4_000]), torch.tensor([4_000, 3_000])):
         (model.loss(waveforms, lengths, batch) + lagrangian(model.encoder.gates, 1.0)).backward()
     assert {p.grad.device.type for p in model.encoder.frontend.parameters()} == {"meta"}

@@ -92,7 +92,9 @@ def test_an_exported_program_loads_with_torch_alone_and_transcribes_a_recording(
         "assert not {'transformer', 'sslprune', 'flops', 'data'} & set(sys.modules)\n"
         "print(scores.argmax(-1)[0].tolist(), frames.item())\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     units, frames = result.stdout.rsplit(" ", 1)
     units = torch.tensor(json.loads(units))
     found = LETTERS[units] if model.task == "slu" else data.decode(units[: int(frames)], LETTERS)

@@ -11,7 +11,7 @@ import torch
 from conftest import LETTERS, tiny
 from test_checkpoints import write_ctc
 from test_data import make_kaldi, make_librispeech, make_table
-from test_script import FAST, report_of, run, small  # noqa: F401
+from test_script import FAST, report_of, run
 
 import data
 import sslprune
@@ -19,13 +19,34 @@ import transformer
 from flops import UserError
 
 
-def test_the_run_is_watched(small, capsys, tmp_path):  # noqa: F811
+def test_the_run_is_watched(small, capsys, tmp_path):
     out = tmp_path / "run"
-    updates = ["--dense-updates", "4", "--prune-updates", "8", "--finetune-updates", "4", "--evaluate-updates", "3", "--warmup-share", "0.5"]
+    updates = [
+        "--dense-updates",
+        "4",
+        "--prune-updates",
+        "8",
+        "--finetune-updates",
+        "4",
+        "--evaluate-updates",
+        "3",
+        "--warmup-share",
+        "0.5",
+    ]
     status, printed, _ = run(capsys, "--task", "asr", "--budget", "0.8", "--method", "sepsize", "--out", out, *updates)
     assert status == 0
     entries, report = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], report_of(out)
-    moments = [("dense", 3), ("dense", 4), ("prune", 0), ("prune", 3), ("prune", 6), ("prune", 8), ("finetune", 0), ("finetune", 3), ("finetune", 4)]
+    moments = [
+        ("dense", 3),
+        ("dense", 4),
+        ("prune", 0),
+        ("prune", 3),
+        ("prune", 6),
+        ("prune", 8),
+        ("finetune", 0),
+        ("finetune", 3),
+        ("finetune", 4),
+    ]
     assert [(entry["phase"], entry["update"]) for entry in entries] == moments
     for entry in entries:
         assert list(entry) == ["phase", "update", "loss", "lr", "target", "expected", "multipliers", "dev"]
@@ -38,27 +59,53 @@ def test_the_run_is_watched(small, capsys, tmp_path):  # noqa: F811
     assert entries[5]["expected"] == report["expected"]
     assert entries[0]["expected"] == [1, 1]
     assert entries[6]["expected"] == entries[8]["expected"] == report["kept"]  # right after slicing
-    assert re.search(r"prune 6/8 .*dev word error rate \d+\.\d\d%.*expected to keep 0\.\d+, 0\.\d+ \(target 0\.800\)", printed)
+    assert re.search(
+        r"prune 6/8 .*dev word error rate \d+\.\d\d%.*expected to keep 0\.\d+, 0\.\d+ \(target 0\.800\)", printed
+    )
     picture = ElementTree.parse(out / "curve.svg").getroot()
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.get("points").split()) for line in lines] == [9] * 4  # the error, two expected costs and the target
+    assert [len(line.get("points").split()) for line in lines] == [
+        9
+    ] * 4  # the error, two expected costs and the target
     xs = [float(point.split(",")[0]) for point in lines[0].get("points").split()]
     assert xs == sorted(xs) and xs[-1] == 650
 
 
-def test_evaluation_while_training_changes_nothing(small, capsys, tmp_path):  # noqa: F811
+def test_evaluation_while_training_changes_nothing(small, capsys, tmp_path):
     for name, every in (("a", "1"), ("b", "0")):
-        arguments = ["--task", "slu", "--budget", "0.8", "--layer-drop", "0.3", "--time-mask", "0.3", "--evaluate-updates", every, *FAST]
+        arguments = [
+            "--task",
+            "slu",
+            "--budget",
+            "0.8",
+            "--layer-drop",
+            "0.3",
+            "--time-mask",
+            "0.3",
+            "--evaluate-updates",
+            every,
+            *FAST,
+        ]
         assert run(capsys, *arguments, "--out", tmp_path / name)[0] == 0
     assert (tmp_path / "a" / "model.pt").read_bytes() == (tmp_path / "b" / "model.pt").read_bytes()
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in "ab"]
     assert lines == [8, 2]  # of b, what the report has anyway
 
 
-@pytest.mark.parametrize(("make", "task", "words"), [(make_table, "asr", "GRÜSS"), (make_table, "slu", "frage"), (make_kaldi, "asr", "ПРИВЕТ"), (make_kaldi, "slu", "hello")])
-def test_users_own_corpora_run_end_to_end(small, capsys, tmp_path, make, task, words):  # noqa: F811
+@pytest.mark.parametrize(
+    ("make", "task", "words"),
+    [
+        (make_table, "asr", "GRÜSS"),
+        (make_table, "slu", "frage"),
+        (make_kaldi, "asr", "ПРИВЕТ"),
+        (make_kaldi, "slu", "hello"),
+    ],
+)
+def test_users_own_corpora_run_end_to_end(small, capsys, tmp_path, make, task, words):
     corpus = make(tmp_path / "corpus", splits=("train", "test"), count=20)
-    status, printed, errors = run(capsys, "--task", task, "--budget", "0.8", "--data", corpus, "--out", tmp_path / "out", *FAST)
+    status, printed, errors = run(
+        capsys, "--task", task, "--budget", "0.8", "--data", corpus, "--out", tmp_path / "out", *FAST
+    )
     assert (status, errors) == (0, "")
     assert "no dev split" in printed
     assert words in (tmp_path / "out" / "test.tsv").read_text()
@@ -77,7 +124,21 @@ def test_a_fine_tuned_ctc_model_is_used_as_it_is_and_pruned_from_where_it_is(gol
     status, printed, _ = run(capsys, "--predict", tmp_path / "from", recording)
     assert status == 0
     assert set(printed.partition("\t")[2].strip()) <= set("GONUMBER ")
-    arguments = ["--task", "asr", "--budget", "0.8", "--method", "size", "--checkpoint", tmp_path / "from", "--data", corpus, "--out", tmp_path / "out", *FAST[2:]]
+    arguments = [
+        "--task",
+        "asr",
+        "--budget",
+        "0.8",
+        "--method",
+        "size",
+        "--checkpoint",
+        tmp_path / "from",
+        "--data",
+        corpus,
+        "--out",
+        tmp_path / "out",
+        *FAST[2:],
+    ]
     status, printed, errors = run(capsys, *arguments)
     assert (status, errors) == (0, "")
     assert "has no output for A C" in printed
@@ -106,7 +167,12 @@ def test_added_outputs_change_nothing_of_the_others():
 def test_one_path_is_one_path(tmp_path):
     model = sslprune.SpeechModel(tiny(), "slu", ["a"]).eval()
     soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).normal(0, 0.1, 9_000), 16_000)
-    assert model.predict(str(tmp_path / "x.wav")) == model.predict(tmp_path / "x.wav") == model.predict([tmp_path / "x.wav"]) == ["a"]
+    assert (
+        model.predict(str(tmp_path / "x.wav"))
+        == model.predict(tmp_path / "x.wav")
+        == model.predict([tmp_path / "x.wav"])
+        == ["a"]
+    )
 
 
 def test_many_files_are_recognised_in_batches_as_each_alone(tmp_path, monkeypatch):
@@ -143,7 +209,7 @@ def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, 
     model.register_forward_hook(lambda module, inputs, _: longest.append(inputs[0].shape[1]))
     (found,) = model.predict(tmp_path / "x.wav")
     assert max(longest) <= 60 * 16_000 + 400 < len(samples)
-    # The model is random, so that its best outputs are hardly better than others: characters differ sooner than of a trained one.
+    # The model is random, its best outputs hardly better than others: characters differ sooner than a trained one's.
     if task == "slu":
         assert scores[0, LETTERS.index(found)] > scores.max() - 0.05
     else:

@@ -1,0 +1,78 @@
+"""Writes tables (train.tsv, dev.tsv, test.tsv) for two corpora of real speech that anyone can clone.
+
+    git clone https://github.com/Jakobovski/free-spoken-digit-dataset
+    .venv/bin/python tests/corpora.py digits free-spoken-digit-dataset tables/digits --test lucas
+    .venv/bin/python tests/corpora.py commands SPEECH_COMMANDS tables/commands
+    .venv/bin/python sslprune.py --task asr --budget 0.5 --data tables/digits --out runs/digits
+
+`digits`, the Free Spoken Digit Dataset: recordings/DIGIT_SPEAKER_TAKE.wav. The speakers named by --test are the test
+set. Of the others, takes 5 to 9 of each digit are the dev set (takes 0 to 4 are the corpus's own test set, and are left
+out of training, too).
+
+`commands`, Speech Commands (Warden 2018): a folder a word, WORD/SPEAKER_nohash_TAKE.wav, or its test set with the
+classes `_unknown_` (whose files' names begin with the word) and `_silence_` (nobody's, and left out). It is split by
+speaker: a speaker is in the test set where its number, the hexadecimal in the name, has a remainder of under 45 when
+divided by 100; under 55, in the dev set; else in the training set.
+
+`path` in a table is from the table's folder; move the two together.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+def digits(folder, test_speakers):
+    """(split, path, text, intent, speaker) of each recording of the Free Spoken Digit Dataset that is in a split."""
+    recordings = [(path, *path.stem.split("_")) for path in sorted((folder / "recordings").glob("?_*_*.wav"))]
+    unknown = set(test_speakers) - {speaker for _, _, speaker, _ in recordings}
+    if unknown:
+        sys.exit(f"{folder}: has no speaker {', '.join(sorted(unknown))}")
+    for path, digit, speaker, take in recordings:
+        split = (
+            "test" if speaker in test_speakers else "train" if int(take) >= 10 else "dev" if int(take) >= 5 else None
+        )
+        if split:
+            yield split, path, DIGITS[int(digit)], DIGITS[int(digit)], speaker
+
+
+def commands(folder):
+    """(split, path, text, intent, speaker) of each recording of Speech Commands of which the speaker is known."""
+    for path in sorted(folder.glob("*/*.wav")):
+        match = re.fullmatch(r"(?:(\w+)_)?([0-9a-f]{8})_nohash_\d+(?:\.wav)+", path.name)
+        if match:
+            place = int(match[2], 16) % 100
+            label = path.parent.name.strip("_")
+            yield "test" if place < 45 else "dev" if place < 55 else "train", path, match[1] or label, label, match[2]
+
+
+def write_tables(rows, folder):
+    """Write the rows into a table for each split, and say how many there are, of how many speakers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(rows)
+    for split in ("train", "dev", "test"):
+        lines = [(os.path.relpath(path, folder), *rest) for name, path, *rest in rows if name == split]
+        if not lines:
+            sys.exit(f"{folder}: nothing was found for {split}.tsv; give the corpus's own folder")
+        text = "\n".join("\t".join(line) for line in [("path", "sentence", "intent", "speaker"), *lines])
+        (folder / f"{split}.tsv").write_text(text + "\n", encoding="utf-8")
+        print(f"{folder / split}.tsv: {len(lines)} recordings of {len({line[-1] for line in lines})} speakers")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("corpus", choices=("digits", "commands"))
+    parser.add_argument("folder", type=Path, help="of the corpus")
+    parser.add_argument("tables", type=Path, help="the folder to write into")
+    parser.add_argument("--test", default="lucas", metavar="NAMES", help="test speakers of digits, joined by commas")
+    options = parser.parse_args()
+    rows = digits(options.folder, options.test.split(",")) if options.corpus == "digits" else commands(options.folder)
+    write_tables(rows, options.tables)
+
+
+if __name__ == "__main__":
+    main()
