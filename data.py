@@ -120,15 +120,17 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
 
 def layout(root):
     """Of the corpus in a folder: its kind, where a subset of a name is, and the function that reads one."""
+    slurp = root / "dataset" / "slurp"
+    if next(root.glob("*.tsv"), None):  # the first, since users write tables for a corpus of another layout
+        return "table", lambda name: root / f"{name}.tsv", read_table
+    if next(slurp.glob("*.jsonl"), None):
+        return "SLURP", lambda name: slurp / f"{name}.jsonl", read_slurp
     if next(root.glob("*/*/*/*.trans.txt"), None):
         return "LibriSpeech", root.joinpath, read_librispeech
-    for folder in (root / "dataset" / "slurp", root):
-        if next(folder.glob("*.jsonl"), None):
-            return "SLURP", lambda name: folder / f"{name}.jsonl", read_slurp
     if next(root.glob("*/wav.scp"), None):
         return "Kaldi", root.joinpath, read_kaldi
-    if next(root.glob("*.tsv"), None):
-        return "table", lambda name: root / f"{name}.tsv", read_table
+    if next(root.glob("*.jsonl"), None):
+        return "SLURP", lambda name: root / f"{name}.jsonl", read_slurp
     raise UserError(
         f"{root}: is no known corpus; tables are train.tsv and the like, a Kaldi data directory has SUBSET/wav.scp,"
         " LibriSpeech SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl"
@@ -145,13 +147,18 @@ def read_subset(utterances, task, corpus, found):
 
 
 def lend_dev(corpus):
-    """Take every tenth speaker out of the training split as the dev split; utterances where speakers are not known."""
-    speakers = sorted({u.speaker for u in corpus.train})
-    what, key = ("speaker", lambda u: u.speaker) if len(speakers) > 1 else ("utterance", lambda u: u.name)
-    lent = set(sorted({key(u) for u in corpus.train})[::LENT])
-    corpus.dev = [u for u in corpus.train if key(u) in lent]
-    corpus.train = [u for u in corpus.train if key(u) not in lent]
-    log.info("there is no dev split: every tenth training %s is one, %d utterances", what, len(corpus.dev))
+    """Take every tenth speaker out of the training split as the dev split.
+
+    Utterances instead, where a speaker is not known or those speakers have over half of the training split.
+    """
+    for what, key in (("speaker", lambda u: u.speaker), ("utterance", lambda u: u.name)):
+        lent = set(sorted({key(u) for u in corpus.train})[::LENT])
+        dev, train = ([u for u in corpus.train if (key(u) in lent) == is_lent] for is_lent in (True, False))
+        if "" not in map(key, corpus.train) and len(dev) <= len(train):
+            corpus.dev, corpus.train = dev, train
+            log.info("there is no dev split: every tenth training %s is one, %d utterances", what, len(dev))
+            return
+    raise UserError("there is no dev split, and the training split is too small to lend one; add one")
 
 
 def measured(utterance, task, said):
@@ -172,7 +179,7 @@ def measured(utterance, task, said):
     text = normalise(utterance.text)
     if task == "asr" and not text:
         raise UserError(f"{utterance.name}: its transcript is empty")
-    if task == "slu" and not (utterance.intent and utterance.intent.isprintable()):
+    if task == "slu" and not is_name(utterance.intent):
         raise UserError(f"{utterance.name}: its intent is no name")
     return replace(utterance, text=text, seconds=frames / rate)
 
@@ -186,8 +193,8 @@ def read_librispeech(root, folder, task, skip):
             if Path(name).name != name or name == "..":
                 skip(f"{transcripts}: line {number} is not `ID TEXT`")
                 continue
-            files = [transcripts.parent / f"{name}{ending}" for ending in (".flac", ".wav", ".mp3", ".ogg", ".opus")]
-            audio = next((file for file in files if file.exists()), files[0])
+            endings = (".wav", ".mp3", ".ogg", ".opus", ".flac")
+            audio = _first_file(transcripts.parent / f"{name}{ending}" for ending in endings)
             yield Utterance(name, audio, 0.0, text, speaker=transcripts.parts[-3])
 
 
@@ -198,22 +205,31 @@ def read_kaldi(root, folder, task, skip):
     """
     if (folder / "segments").exists():
         raise UserError(f"{folder}: has segments; cut the recordings up, one file an utterance, and leave segments out")
-    audio = {name: value for _, name, value in _pairs(folder / "wav.scp")}
-    speakers, texts, intents = (
-        {name: value for _, name, value in _pairs(folder / file)} if (folder / file).exists() else {}
-        for file in ("utt2spk", "text", "utt2intent")
-    )
+
+    def read(file):
+        found = {}
+        for number, name, value in _pairs(folder / file) if (folder / file).exists() else ():
+            if name in found:
+                skip(f"{folder / file}: line {number} has {name} once more")
+            found.setdefault(name, value)
+        return found
+
+    audio, speakers, texts, intents = map(read, ("wav.scp", "utt2spk", "text", "utt2intent"))
+    needed, file = (texts, "text") if task == "asr" or not intents else (intents, "utt2intent")
     if task == "slu" and not intents:
         log.info("%s: has no utt2intent; the text of an utterance is its intent", folder)
         intents = texts
+    for name in sorted(texts.keys() - audio.keys()):
+        skip(f"{folder / 'wav.scp'}: has no line for {name}")
     for name, value in audio.items():
-        if value.rstrip().endswith("|"):
+        if not value:
+            skip(f"{folder / 'wav.scp'}: {name} has no path")
+        elif value.endswith("|"):
             skip(f"{folder / 'wav.scp'}: {name} is a command, and no command is run; write its audio to a file")
-        elif name not in texts and name not in intents:
-            skip(f"{folder / 'text'}: has no line for {name}")
+        elif name not in needed:
+            skip(f"{folder / file}: has no line for {name}")
         else:
-            path = root / value.strip()
-            yield Utterance(name, path, 0.0, texts.get(name, ""), intents.get(name, ""), speakers.get(name, ""))
+            yield Utterance(name, root / value, 0.0, texts.get(name, ""), intents.get(name, ""), speakers.get(name, ""))
 
 
 def read_table(root, path, task, skip):
@@ -221,7 +237,7 @@ def read_table(root, path, task, skip):
 
     Audio is in the corpus's folder, or in clips/ in it. Common Voice is such a corpus.
     """
-    (_, header), *lines = [(number, line.strip("\r").split("\t")) for number, line in _lines(path)] or [(0, [])]
+    (_, header), *lines = [(number, line.rstrip("\r").split("\t")) for number, line in _lines(path)] or [(0, [])]
     wanted = {"path": ["path"], "text": ["sentence", "text"], "intent": ["intent"], "speaker": ["speaker", "client_id"]}
     named = {what: [name for name in names if name in header] for what, names in wanted.items()}
     columns = {what: header.index(names[0]) if names else None for what, names in named.items()}
@@ -236,8 +252,7 @@ def read_table(root, path, task, skip):
             skip(f"{path}: line {number} has {len(fields)} fields, fewer than the first line names")
             continue
         name = found.pop("path")
-        audio = root / name if (root / name).is_file() else root / "clips" / name
-        yield Utterance(name, audio, 0.0, **found)
+        yield Utterance(name, _first_file([root / name, root / "clips" / name]), 0.0, **found)
 
 
 def read_slurp(root, path, task, skip):
@@ -255,23 +270,22 @@ def read_slurp(root, path, task, skip):
             entry = json.loads(line)
             scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
             files = [str(recording["file"]) for recording in entry["recordings"]]
-            if not (scenario and action and f"{scenario}{action}".isprintable()):
+            if not is_name(scenario) or not is_name(action):
                 raise ValueError("scenario or action is no name")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             skip(f"{path}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
             continue
         for file in files:
-            if Path(file).name != file or not file.isprintable() or len(file.encode()) > 255:
+            if Path(file).name != file or not is_name(file):
                 skip(f"{path}: line {number} names no recording of the corpus: {file[:80]!r}")
                 continue
-            place = next((folder / file for folder in audio if (folder / file).is_file()), audio[0] / file)
-            yield Utterance(file, place, 0.0, text, f"{scenario}_{action}")
+            yield Utterance(file, _first_file(folder / file for folder in audio), 0.0, text, f"{scenario}_{action}")
 
 
 def _lines(path):
     """(number, line) of each line of a UTF-8 text file that is not blank. Nothing but a newline ends a line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -282,6 +296,14 @@ def _pairs(path):
     for number, line in _lines(path):
         key, *rest = line.split(None, 1)
         yield number, key, rest[0].strip() if rest else ""
+
+
+def _first_file(paths):
+    """The first of these paths that is a file; if none is, the last."""
+    for path in paths:
+        if os.path.isfile(path):  # unlike Path's, it has no error for a name that cannot be
+            break
+    return path
 
 
 # --- Audio ---------------------------------------------------------------------------------------------------------
@@ -301,6 +323,8 @@ def opened(path):
             with soundfile.SoundFile(source, closefd=False) as sound:
                 if not 1_000 <= sound.samplerate <= 1_000_000 or sound.channels > 1_000:
                     raise UserError(f"{path}: {sound.samplerate} Hz, {sound.channels} channels: no recording of speech")
+                if sound.frames == 2**63 - 1:
+                    raise UserError(f"{path}: its header does not say how long it is; convert it to a file that does")
                 if sound.frames > LONGEST * sound.samplerate:
                     raise UserError(f"{path}: is longer than {LONGEST} s; cut it up")
                 yield sound
@@ -321,17 +345,32 @@ def read_audio(path):
         pieces = []  # since a header may promise what the file does not hold, and some files cannot be sought in
         while len(piece := sound.read(2**20, dtype="float32", always_2d=True)):
             pieces.append(piece.mean(axis=1))
-        rate, promised, remarks = sound.samplerate, sound.frames, sound.extra_info
-    if not pieces:
-        raise UserError(f"{path}: is empty")
-    samples = np.concatenate(pieces)
+        if not pieces:
+            raise UserError(f"{path}: is empty, or says so in its header")
+        samples = np.concatenate(pieces)
+        if len(samples) < sound.frames or is_truncated(sound, path):
+            raise UserError(f"{path}: is truncated")
+        if not np.isfinite(samples).all():
+            raise UserError(f"{path}: holds values that are not finite")
+        return resample(samples, sound.samplerate)
+
+
+def is_truncated(sound, path):
+    """Whether a file that has been read is only the beginning of one. Raises UserError where not all of it was read."""
     # libsndfile notes a size that the file does not hold; one of 2 GB and more says that a pipe's writer did not know.
-    sizes = [(int(said), int(real)) for said, real in re.findall(r"(\d+) \(should be (\d+)\)", remarks)]
-    if len(samples) < promised or any(real < said < 2**31 - 2**16 for said, real in sizes):
-        raise UserError(f"{path}: is truncated")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path}: holds values that are not finite")
-    return resample(samples, rate)
+    sizes = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: +(\d+) \(should be (\d+)\)"
+    sizes = [map(int, found) for found in re.findall(sizes, sound.extra_info, re.MULTILINE)]
+    if re.search("truncated|lacks an end-of-stream bit|after the last page", sound.extra_info):
+        return True
+    if any(real < said < 2**31 - 2**16 for said, real in sizes):
+        return True
+    source = sound.name  # a descriptor, or a pipe's contents
+    with open(os.dup(source), "rb") if isinstance(source, int) else contextlib.nullcontext(source) as file:
+        read, size, _ = file.tell(), file.seek(0, os.SEEK_END), file.seek(0)
+        promised = re.search(rb"sample_count -i (\d+)", file.read(1024)) if sound.format == "NIST" else None
+    if sound.format in ("MP3", "OGG") and read < 0.9 * size:  # of a variable rate without a header, or chained
+        raise UserError(f"{path}: holds more than libsndfile reads of it; convert it to wav or flac")
+    return promised is not None and sound.frames < int(promised[1])
 
 
 def resample(samples, rate):
@@ -461,6 +500,11 @@ def normalise(text):
     text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).upper()
     kept = (c if c == "'" or unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text)
     return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
+
+
+def is_name(text):
+    """Whether a text can name something on a line of its own: it is not empty, and has no control characters."""
+    return bool(text) and not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
 
 
 def vocabulary(texts):

@@ -25,6 +25,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -110,8 +111,13 @@ def main(arguments=None):
 
 def refuse(message):
     """Say in one line what is wrong; the exit status for it."""
-    print("sslprune:", " ".join(str(message).split()), file=sys.stderr)
+    print("sslprune:", printable(" ".join(str(message).split())), file=sys.stderr)
     return 2
+
+
+def printable(text):
+    """A text in which bytes of a file's name that are no characters can be printed."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def number(kind, smallest, largest):
@@ -180,7 +186,7 @@ def check_combination(options, parser):
     """End the program where flags do not go together."""
     used_with = {
         "predict": {"device", "dtype"},
-        "evaluate": {"device", "dtype", "task", "data", *SPLITS, "skip_bad", "batch_seconds"},
+        "evaluate": {"device", "dtype", "task", "data", "train", *SPLITS, "skip_bad", "batch_seconds"},
         "describe": set(),
         "export": set(),
     }
@@ -204,7 +210,7 @@ def predict(options):
         if isinstance(result, UserError):
             failed.append(result)
         else:
-            print(f"{file}\t{result}", flush=True)
+            print(printable(f"{file}\t{result}"), flush=True)
     return max([0, *map(refuse, failed)])
 
 
@@ -237,6 +243,8 @@ def describe(options):
 def export(options):
     """Write a model as a program that torch alone loads: waveforms and lengths in, scores and frames out."""
     path, out = options.export
+    if os.path.lexists(out):
+        raise UserError(f"{out}: is there already; remove it, or give another name")
     model, buffer = load(path), io.BytesIO()
     torch.export.save(exported(model), buffer, extra_files={"labels.json": json.dumps(model.labels)})
     write(out, buffer.getbuffer())
@@ -277,7 +285,6 @@ def go_through_phases(run):
     if progress.phase == "prune":
         train(run)
         progress.head_is_trained = True
-        watch(run)
         if run.lagrangian:
             progress.expected = run.expected()
             warn_unless_converged(options, progress.expected)
@@ -292,7 +299,7 @@ def go_through_phases(run):
     metrics = evaluate_all(run, last=True)
     if not rank():
         report = make_report(run, metrics)
-        write(run.out / "curve.svg", curve(run.progress.history).encode())
+        write(run.out / "curve.svg", curve(run.progress.history, report["updates"]).encode())
         write(run.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         log.info("\n%s\n\n%s\n", picture(model.encoder.shape, run.start_shape), comparison(report))
     run.enter("done")
@@ -352,6 +359,8 @@ def model_to_prune(options, checkpoint, corpus):
     else:
         labels = sorted({u.intent for u in corpus.train})
     if checkpoint is None or checkpoint.task != options.task:
+        if checkpoint and checkpoint.task:
+            log.info("%s: its head for %s is left out", options.checkpoint, checkpoint.task)
         encoder = checkpoint.encoder() if checkpoint else Wav2Vec2(SMALL)
         return SpeechModel(encoder, options.task, labels), False
     model = checkpoint.model()
@@ -363,7 +372,7 @@ def model_to_prune(options, checkpoint, corpus):
 
 
 def open_corpus(options, task, splits):
-    subsets = {split: getattr(options, split) for split in splits}
+    subsets = {split: getattr(options, split) for split in ("train", *SPLITS)}
     return data.open_corpus(options.data, task, options.seed, subsets, splits, options.skip_bad)
 
 
@@ -395,10 +404,10 @@ def train(run):
     encoder.projection.time_mask, encoder.projection.channel_mask = options.time_mask, options.channel_mask
     run.start_clock()
     announce(run)
+    watch(run)
     show = countdown(progress.phase, updates, progress.update)
     while progress.update < updates:
         for batches in epoch(run):
-            watch(run)
             model.train()
             done = progress.update / updates  # of the phase
             optimizer.param_groups[0]["lr"] = getattr(options, f"{progress.phase}_lr") * tri_stage(done)
@@ -413,9 +422,9 @@ def train(run):
             if loss is not None:
                 progress.update += 1
                 step(optimizer, loss, progress)
-                progress.losses.append(loss)
                 show(progress.update, lambda: f"  loss {loss:.3f}  {kept_in_words(run)}")
             save_or_stop(run, asked)
+            watch(run)
     run.save()
 
 
@@ -539,6 +548,7 @@ def step(optimizer, loss, progress):
     if math.isfinite(loss) and all(map(math.isfinite, norms)):
         optimizer.step()
         progress.left_out_in_a_row = 0
+        progress.losses.append(loss)
         return
     progress.left_out += 1
     progress.left_out_in_a_row += 1
@@ -593,28 +603,27 @@ def evaluate_all(run, last=False):
     for split in SPLITS:
         found[split], rows = evaluate(run.model, run.corpus, split, run.options.batch_seconds)
         if last and not rank():
-            lines = (" ".join(field.replace("\t", " ").split("\n")) for row in rows for field in row)
-            table = ["\t".join(fields) for fields in zip(*[lines] * 3)]
-            write(run.out / f"{split}.tsv", "\n".join(["name\treference\thypothesis", *table, ""]).encode())
+            rows = [("name", "reference", "hypothesis"), *rows]
+            lines = ["\t".join(re.sub(r"[\t\r\n]", " ", field) for field in row) + "\n" for row in rows]
+            write(run.out / f"{split}.tsv", "".join(lines).encode(errors="backslashreplace"))
     record(run, found["dev"])
     return found
 
 
 def watch(run):
-    """Every so many updates, and where a phase begins and ends: measure the error on dev, and record it."""
+    """Every so many updates, and before slicing: measure the error on dev, and record it."""
     progress, every = run.progress, run.options.evaluate_updates
     every = max(1, run.updates // 20) if every is None else every
-    due = every and (progress.update % every == 0 or progress.update == run.updates)
+    due = progress.phase == "prune" if progress.update == run.updates else progress.update % max(1, every) == 0
     untrained = progress.update == 0 and not progress.head_is_trained
-    recorded = any((e["phase"], e["update"]) == (progress.phase, progress.update) for e in progress.history)
-    if not due or untrained or recorded:
-        return
-    try:
-        dev, _ = evaluate(run.model, run.corpus, "dev", run.options.batch_seconds)
-    except Stopped:
-        run.save()
-        raise
-    record(run, dev)
+    recorded = progress.history and (progress.history[-1]["phase"], progress.history[-1]["update"])
+    if every and due and not untrained and recorded != (progress.phase, progress.update):
+        try:
+            dev, _ = evaluate(run.model, run.corpus, "dev", run.options.batch_seconds)
+        except Stopped:
+            run.save()
+            raise
+        record(run, dev)
 
 
 def record(run, dev):
@@ -643,16 +652,16 @@ def evaluate(model, corpus, split, batch_seconds):
     model.eval()
     utterances = data.usable(getattr(corpus, split), corpus, frames_of(model), ctc=False)
     batches = data.batches(utterances, batch_seconds)
-    numbers = range(rank(), len(batches), ranks())  # each process has its part of the batches, however many there are
-    show = countdown(f"evaluate {split}", len(numbers))
+    mine = range(rank(), len(batches), ranks())  # each process has its part of the batches, however many there are
+    show = countdown(f"evaluate {split}", len(mine))
     found = []  # (number of the batch, names, references, hypotheses)
-    loaded = load_batches([batches[i] for i in numbers], corpus, None, next(model.parameters()).device)
-    for done, (number, (batch, waveforms, lengths)) in enumerate(zip(numbers, loaded), 1):
-        if stopping:
+    loaded = load_batches([batches[i] for i in mine], corpus, None, next(model.parameters()).device)
+    for done, (i, (batch, waveforms, lengths)) in enumerate(zip(mine, loaded), 1):
+        if stopping and ranks() == 1:  # many processes stop together, after an update
             raise Stopped(stopping[0], "an evaluation")
         if batch:
             said = [u.text if model.task == "asr" else u.intent for u in batch]
-            found.append((number, [u.name for u in batch], said, model.transcribe(waveforms, lengths)))
+            found.append((i, [u.name for u in batch], said, model.transcribe(waveforms, lengths)))
         show(done)
     share_skipped(corpus)
     corpus.check()
@@ -733,28 +742,28 @@ def comparison(report):
     return "\n".join(lines)
 
 
-def curve(history):
-    """The lines of metrics.jsonl as a picture, SVG: the dev metric, and expected and target cost, over all updates."""
-    offset, xs, ends = 0, [], []
-    for before, entry in zip(history[:1] + history, history):
-        if before["phase"] != entry["phase"]:
-            offset += before["update"]
-            ends.append((offset, before["phase"]))
-        xs.append(offset + entry["update"])
-    last = max(1, xs[-1]) if xs else 1
+def curve(history, updates):
+    """The lines of metrics.jsonl as a picture, SVG: the dev metric, and expected and target cost, over all updates.
+
+    updates: how many each phase has, {phase: number}.
+    """
+    ends = dict(zip(updates, itertools.accumulate(updates.values())))  # in updates of the whole run
+    xs = [ends[entry["phase"]] - updates[entry["phase"]] + entry["update"] for entry in history]
+    last = max(1, *ends.values())
     highest = max([1e-9, *(entry["dev"] for entry in history)])
     lines = {f"dev, up to {highest:.3g}": (30, "#c33", [entry["dev"] / highest for entry in history])}
     for i, _ in enumerate(history[0]["expected"] if history else []):
         lines[f"expected cost {i + 1}"] = (230, "#36c", [entry["expected"][i] for entry in history])
     lines["target"] = (230, "#999", [entry["target"] for entry in history])
     shapes = [f'<rect x="50" y="{top}" width="600" height="160" fill="none" stroke="#ccc"/>' for top in (30, 230)]
-    shapes += [f'<path d="M{50 + 600 * x / last:.1f} 30v360" stroke="#ccc"/>' for x, _ in ends]
+    shapes += [f'<path d="M{50 + 600 * x / last:.1f} 30v360" stroke="#ccc"/>' for x in ends.values()]
     for number, (name, (top, colour, ys)) in enumerate(lines.items()):
         points = " ".join(f"{50 + 600 * x / last:.1f},{top + 160 * (1 - y):.1f}" for x, y in zip(xs, ys))
         shapes.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
         shapes.append(f'<text x="660" y="{top + 12 + 14 * number}" fill="{colour}">{name}</text>')
-    shapes += [f'<text x="{45 + 600 * x / last:.1f}" y="405" text-anchor="end">{phase}</text>' for x, phase in ends]
-    shapes.append(f'<text x="650" y="405" text-anchor="end">{last} updates</text>')
+    for phase in (phase for phase in ends if updates[phase]):
+        where = f'x="{45 + 600 * ends[phase] / last:.1f}" y="405" text-anchor="end"'
+        shapes.append(f"<text {where}>{phase} {ends[phase]}</text>")
     head = '<svg xmlns="http://www.w3.org/2000/svg" width="820" height="420" font-family="sans-serif" font-size="12">'
     return "\n".join([head, '<rect width="820" height="420" fill="white"/>', *shapes, "</svg>", ""])
 

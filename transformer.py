@@ -286,22 +286,48 @@ class SpeechModel(nn.Module):
 
     @torch.no_grad()
     def add_labels(self, new):
-        """Add outputs to the head, of weight 0."""
+        """Add outputs to the head, of weight 0 and as unlikely as any other is."""
         self.labels += new
         self.units = {label: unit for unit, label in enumerate(self.labels)}
         weight, bias = self.head.weight, self.head.bias
         self.head = nn.Linear(weight.shape[1], len(self.labels), device=weight.device)
         for parameter, old in ((self.head.weight, weight), (self.head.bias, bias)):
-            parameter.zero_()[: len(old)] = old
+            parameter.copy_(torch.zeros_like(parameter) if old is weight else bias.min().expand_as(parameter))
+            parameter[: len(old)] = old
 
     @torch.no_grad()
     def transcribe(self, waveforms, lengths=None):
         """Normalised waveforms (batch, samples) -> a list of transcripts (asr) or of intents (slu)."""
-        scores, frames = self(waveforms.to(next(self.parameters()).device), lengths)
+        waveforms = waveforms.to(next(self.parameters()).device)
+        if waveforms.shape[1] > PIECE_SECONDS * SAMPLE_RATE:
+            ends = [None] * len(waveforms) if lengths is None else lengths.tolist()
+            return [self._transcribe_long(row[None, :end]) for row, end in zip(waveforms, ends)]
+        scores, frames = self(waveforms, lengths)
         best = scores.argmax(-1).cpu()
         if self.task == "slu":
             return [self.labels[i] for i in best.tolist()]
         return [data.decode(units[:n], self.labels) for units, n in zip(best, frames.tolist())]
+
+    def _transcribe_long(self, waveform):
+        """The transcript or intent of (1, samples), from pieces whose GroupNorm has the statistics of the whole."""
+        shape, started, found = self.encoder.full_shape, time.monotonic(), []
+        hop, total = math.prod(shape.strides), shape.frames(waveform.shape[1])[-1]
+        length, overlap = (seconds * SAMPLE_RATE // hop for seconds in (PIECE_SECONDS, OVERLAP_SECONDS))
+        statistics = self.encoder.frontend.convolutions[0].statistics_of_long(waveform, PIECE_SECONDS * SAMPLE_RATE)
+        for first in range(0, max(1, total - overlap), length - overlap):
+            last = min(first + length, total)
+            piece = waveform[:, first * hop : (last - 1) * hop + shape.receptive_field]
+            scores = self(piece, None, statistics)[0][0]
+            if self.task == "slu":
+                found.append(scores * (last - first))
+            else:  # half of each overlap
+                found.append(scores[overlap // 2 * (first > 0) : len(scores) - overlap // 2 * (last < total)])
+            if time.monotonic() - started > 10:
+                started = time.monotonic()
+                log.info("recognised %d of %d s", last * hop // SAMPLE_RATE, total * hop // SAMPLE_RATE)
+        if self.task == "slu":
+            return self.labels[sum(found).argmax().item()]
+        return data.decode(torch.cat(found).argmax(-1).cpu(), self.labels)
 
     def predict(self, paths):
         """Audio files, or one -> a list of transcripts (asr) or of intents (slu). Raises UserError for a bad file.
@@ -322,15 +348,12 @@ class SpeechModel(nn.Module):
         group, paths = [], list(paths)
         for number, path in enumerate(paths, 1):
             group.append(self._read(path))
-            seconds = sum(u.seconds for u in group if isinstance(u, data.Utterance))
-            if seconds > GROUP_SECONDS or number == len(paths):
-                short = [u for u in group if isinstance(u, data.Utterance) and u.seconds <= PIECE_SECONDS]
+            readable = [u for u in group if isinstance(u, data.Utterance)]
+            if sum(u.seconds for u in readable) > GROUP_SECONDS or number == len(paths):
                 found = {}
-                for batch in data.batches(short, PIECE_SECONDS):
-                    waveforms, lengths = data.pad([u.audio for u in batch])
-                    found |= zip(map(id, batch), self.transcribe(waveforms, lengths))
-                for u in group:
-                    yield u if isinstance(u, UserError) else found[id(u)] if id(u) in found else self._recognise_long(u)
+                for batch in data.batches(readable, PIECE_SECONDS):
+                    found |= zip(map(id, batch), self.transcribe(*data.pad([u.audio for u in batch])))
+                yield from (found.get(id(u), u) for u in group)
                 group = []
 
     def _read(self, path):
@@ -342,29 +365,6 @@ class SpeechModel(nn.Module):
         if len(samples) < self.encoder.full_shape.receptive_field:
             return UserError(f"{path}: {len(samples)} samples are too short to recognise anything in")
         return data.Utterance(str(path), samples, len(samples) / SAMPLE_RATE)
-
-    @torch.no_grad()
-    def _recognise_long(self, utterance):
-        """The transcript or intent of an utterance, from pieces whose GroupNorm has the statistics of the whole."""
-        waveform = torch.from_numpy(utterance.audio)[None].to(next(self.parameters()).device)
-        shape, started, found = self.encoder.full_shape, time.monotonic(), []
-        hop, total = math.prod(shape.strides), shape.frames(waveform.shape[1])[-1]
-        length, overlap = (seconds * SAMPLE_RATE // hop for seconds in (PIECE_SECONDS, OVERLAP_SECONDS))
-        statistics = self.encoder.frontend.convolutions[0].statistics_of_long(waveform, PIECE_SECONDS * SAMPLE_RATE)
-        for first in range(0, max(1, total - overlap), length - overlap):
-            last = min(first + length, total)
-            piece = waveform[:, first * hop : (last - 1) * hop + shape.receptive_field]
-            scores = self(piece, None, statistics)[0][0]
-            if self.task == "slu":
-                found.append(scores * (last - first))
-            else:  # half of each overlap
-                found.append(scores[overlap // 2 * (first > 0) : len(scores) - overlap // 2 * (last < total)])
-            if time.monotonic() - started > 10:
-                started = time.monotonic()
-                log.info("%s: %d of %d s", utterance.name, last * hop // SAMPLE_RATE, utterance.seconds)
-        if self.task == "slu":
-            return self.labels[sum(found).argmax().item()]
-        return data.decode(torch.cat(found).argmax(-1).cpu(), self.labels)
 
 
 class Padded(nn.Module):
@@ -419,7 +419,8 @@ class Checkpoint:
     def model(self, gated=()):
         """The SpeechModel, in evaluation mode, units of these kinds gated. Raises as `encoder`, and without a head."""
         if self.task is None:
-            raise UserError(f"{self.path}: holds no head for a task; give a model.pt that sslprune wrote")
+            what = "give a model.pt that sslprune wrote, or a CTC model with the vocab.json of its head beside it"
+            raise UserError(f"{self.path}: holds no head for a task; {what}")
 
         def make():
             model = SpeechModel(Wav2Vec2(self.shape, self.dense), self.task, self.labels)
@@ -495,6 +496,8 @@ def torch_bytes(contents):
 def write(path, *parts):
     """Write bytes to a file in one step, whole or not at all: what was there before survives whatever happens."""
     path = Path(path)
+    if not path.name or path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no file, and is not replaced by one")
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -581,7 +584,10 @@ def read_safetensors(path):
         header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            dtype, sizes, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if dtype not in SAFETENSORS_DTYPES:  # nothing of an encoder's; as bytes it is refused there
+                sizes = [end - begin]
+            dtype = SAFETENSORS_DTYPES.get(dtype, torch.uint8)
             count = torch.empty(sizes, device="meta").numel()
             if not 0 <= begin <= end <= len(raw) - start or end - begin != count * dtype.itemsize:
                 raise ValueError(f"{_shown([name])} lies outside of the file")
@@ -666,7 +672,7 @@ def read_ours(contents, path):
     if "task" not in contents:
         return Checkpoint(path, shape, dense, weights)
     task, labels = contents["task"], contents.get("labels")
-    named = isinstance(labels, list) and labels and all(isinstance(name, str) and name.isprintable() for name in labels)
+    named = isinstance(labels, list) and labels and all(isinstance(name, str) and data.is_name(name) for name in labels)
     if not (task == "slu" and named or task == "asr" and named and labels[0] == data.BLANK):
         raise UserError(f"{path}: its task or labels are none that sslprune writes")
     return Checkpoint(path, shape, dense, weights, task, labels)
@@ -707,19 +713,19 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")  # components that Data
 def read_public(contents, path):
     """The Checkpoint in a file of a public library."""
     found = []
-    for holder in nested(contents):
+    for place, holder in nested(contents):
         named = {WRAPPERS.sub("", str(key)): value for key, value in holder.items()}
-        found += [(match[1], named) for key in named if (match := FIRST.fullmatch(key))]
+        found += [(match[1], named, f"{place}{match[1]}") for key in named if (match := FIRST.fullmatch(key))]
     if len(found) != 1:
-        ours = any("frontend.convolutions.0.weight" in str(key) for holder in nested(contents) for key in holder)
-        what = "several encoders: " + _shown([prefix or "without a prefix" for prefix, _ in found])
+        ours = any("frontend.convolutions.0.weight" in str(key) for _, holder in nested(contents) for key in holder)
+        what = f"several encoders ({_shown([place or 'without a prefix' for *_, place in found])}); give one alone"
         if not found:
             held = _shown(list(contents)) or "nothing"
             what = f"no wav2vec2 of Hugging Face, fairseq, torchaudio or sslprune, but {held}"
         if ours:
             what = "tensors of sslprune without their shape; give a model.pt, which transformer.save_model writes"
         raise UserError(f"{path}: holds {what}")
-    (prefix, named), said = found[0], what_it_says(contents, path)
+    (prefix, named, _), said = found[0], what_it_says(contents, path)
     weights, ignored = translate(named, prefix, path)
     shape = infer_shape(weights, said, path)
     if "projection.mask_embedding" not in weights:  # torchaudio's models have none
@@ -736,13 +742,13 @@ def read_public(contents, path):
 
 
 def nested(contents):
-    """The dictionary, and those in it, six levels deep; a Namespace is one too."""
-    level = [contents]
+    """(place, dictionary) of the dictionary and of those in it, six levels deep; a Namespace is one too."""
+    level = [("", contents)]
     for _ in range(6):
         yield from level
-        values = [value for holder in level for value in holder.values()]
-        level = [vars(value) if isinstance(value, argparse.Namespace) else value for value in values]
-        level = [value for value in level if isinstance(value, dict)]
+        inner = [(f"{place}{key}.", value) for place, holder in level for key, value in holder.items()]
+        level = [(key, vars(value) if isinstance(value, argparse.Namespace) else value) for key, value in inner]
+        level = [(place, value) for place, value in level if isinstance(value, dict)]
 
 
 def translate(named, prefix, path):
@@ -755,7 +761,7 @@ def translate(named, prefix, path):
             weights[ours] = numbers(key, tensor, path)
         elif INSIDE.match(inner):
             other = "does not belong to wav2vec2-base or HuBERT-base; no other architecture is read"
-            raise UserError(f"{path}: {_shown([key])} {other}")
+            raise UserError(f"{path}: {_shown([key])} {other}, nor a quantized model or one with adapters")
         elif isinstance(tensor, torch.Tensor):
             ignored.append(key)
     if (weight := weights.pop("position.weight", None)) is not None:
@@ -764,36 +770,58 @@ def translate(named, prefix, path):
     return weights, ignored
 
 
-# What a config.json or fairseq's options say of wav2vec2-base and HuBERT-base; other values mean another model.
+# What a config.json says of wav2vec2-base and HuBERT-base; other values mean another model.
 BASE_LIKE = {
     "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu",
     "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "feat_proj_layer_norm": True, "add_adapter": False,
-    "layer_norm_first": False, "extractor_mode": "default", "activation_fn": "gelu",
 }  # fmt: skip
-# What tensors do not show: what is assumed, and the names under which Hugging Face and fairseq say it.
+# What tensors do not show, and what is assumed where nothing is said.
 ASSUMED = {
-    "heads of 64": ("num_attention_heads", "encoder_attention_heads"),
-    "wav2vec2-base's strides": ("conv_stride", "conv_feature_layers"),
-    "post-norm order": ("do_stable_layer_norm", "layer_norm_first"),
+    "num_attention_heads": "heads of 64",
+    "conv_stride": "wav2vec2-base's strides",
+    "do_stable_layer_norm": "post-norm order",
 }
+FAIRSEQ = {  # its names for these
+    "layer_norm_first": "do_stable_layer_norm", "extractor_mode": "feat_extract_norm", "activation_fn": "hidden_act",
+    "encoder_attention_heads": "num_attention_heads", "encoder_layers": "num_hidden_layers",
+    "conv_feature_layers": "conv_stride",
+}  # fmt: skip
 
 
 def what_it_says(contents, path):
-    """What a checkpoint says of its model, beside the tensors: its config.json, and fairseq's options in the file."""
-    said, config = {}, path.with_name("config.json")
-    if config.is_file():
-        said = read_json(config)
-    for holder in nested(contents):
-        if any(name in holder for _, name in ASSUMED.values()):
-            said = said | holder
-    for name, value in BASE_LIKE.items():
-        if said.get(name, value) != value:
-            wrong = f"it says {name} = {_shown([said[name]])}; wav2vec2-base and HuBERT-base have {value}"
-            raise UserError(f"{path}: is of another architecture: {wrong}")
-    assumed = [what for what, names in ASSUMED.items() if not any(name in said for name in names)]
-    if assumed:
+    """What a checkpoint says of its model beside the tensors: its config.json, and options in the file, in its names.
+
+    Raises UserError where that is another architecture than wav2vec2-base's, or where the two contradict each other.
+    """
+    config = path.with_name("config.json")
+    holders = [("config.json: ", read_json(config))] if config.is_file() else []
+    said, wanted = {}, {*BASE_LIKE, *ASSUMED, "num_hidden_layers", "pad_token_id"}
+    for place, holder in [*holders, *nested(contents)]:
+        for key, value in holder.items():
+            name = FAIRSEQ.get(key, key)
+            if name not in wanted or value is None or isinstance(value, torch.Tensor):
+                continue
+            if key == "conv_feature_layers":
+                value = strides(value, path)
+            if key == "extractor_mode" and value == "default":
+                value = "group"
+            if value != BASE_LIKE.get(name, value):
+                wrong = f"it says {key} = {_shown([value])}; wav2vec2-base and HuBERT-base have {BASE_LIKE[name]}"
+                raise UserError(f"{path}: is of another architecture: {wrong}")
+            if said.setdefault(name, value) != value and name != "pad_token_id":
+                other = f"{place}{key} is {_shown([value])}"
+                raise UserError(f"{path}: contradicts itself: {name} is {_shown([said[name]])}, and {other}")
+    if assumed := [what for name, what in ASSUMED.items() if name not in said]:
         log.info("%s: does not say otherwise, so these are assumed: %s", path, ", ".join(assumed))
     return said
+
+
+def strides(layers, path):
+    """The convolutions', the third numbers in fairseq's "[(512, 10, 5)] + [(512, 3, 2)] * 4 + ..." or in a list."""
+    found = re.findall(r"[(\[]\d+, *\d+, *(\d+)[)\]]\]?(?: *\* *(\d{1,3}))?", str(layers))
+    if not found:
+        raise UserError(f"{path}: conv_feature_layers is no list of (channels, kernel, stride): {_shown([layers])}")
+    return [int(stride) for stride, times in found for _ in range(int(times or 1))]
 
 
 def infer_shape(weights, said, path):
@@ -808,15 +836,15 @@ def infer_shape(weights, said, path):
 
     try:
         width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
-        heads = said.get("num_attention_heads", said.get("encoder_attention_heads", width // BASE.head_width))
+        heads = said.get("num_attention_heads", width // BASE.head_width)
         queries = sizes("layers", "attention.query.weight", 0)
-        layers = said.get("num_hidden_layers", said.get("encoder_layers", len(queries)))
+        layers = said.get("num_hidden_layers", len(queries))
         if layers != len(queries):
             raise ValueError(f"it has {len(queries)} layers, and says {layers}")
         return Shape.from_dict({
             "channels": sizes("frontend.convolutions", "weight", 0),
             "kernels": sizes("frontend.convolutions", "weight", 2),
-            "strides": strides(said),
+            "strides": list(said.get("conv_stride", BASE.strides)),
             "width": width,
             "head_width": width // heads,
             "heads": [rows // (width // heads) for rows in queries],
@@ -830,37 +858,31 @@ def infer_shape(weights, said, path):
         raise UserError(f"{path}: its tensors do not make a wav2vec2-base-like model ({error})") from error
 
 
-def strides(said):
-    """The convolutions': conv_stride, or the third numbers of fairseq's "[(512, 10, 5)] + [(512, 3, 2)] * 4 + ..."."""
-    if "conv_stride" in said:
-        return list(said["conv_stride"])
-    layers = re.findall(r"\(\d+, *\d+, *(\d+)\)(?:\] *\* *(\d+))?", str(said.get("conv_feature_layers", "")))
-    return [int(stride) for stride, times in layers for _ in range(int(times or 1))] or list(BASE.strides)
-
-
 def ctc_head(named, said, path):
     """Labels and weights of the head of a Hugging Face CTC model with its vocab.json beside it; else None and {}.
 
     Its characters become upper case, and its blank the first output.
     """
     head = {key.rpartition("lm_")[2]: tensor for key, tensor in named.items() if re.search(r"\blm_head\.\w+$", key)}
-    file = path.with_name("vocab.json")
+    file, tokenizer = path.with_name("vocab.json"), path.with_name("tokenizer_config.json")
     if set(head) != {"head.weight", "head.bias"} or not file.is_file():
         return None, {}
     head = {key: numbers(f"lm_{key}", tensor, path) for key, tensor in head.items()}
     size, tokens = len(head["head.weight"]), read_json(file)
+    delimiter = read_json(tokenizer).get("word_delimiter_token", data.SPACE) if tokenizer.is_file() else data.SPACE
     labels = [f"<{unit}>" for unit in range(size)]
     for token, unit in tokens.items():
         if type(unit) is not int or not 0 <= unit < size or not re.fullmatch(r".|<.+>|\[.+\]", token):
             log.info("%s: is not a vocabulary of %d characters; the head of %s is left out", file, size, path)
             return None, {}
-        labels[unit] = token.upper() if len(token.upper()) == 1 else token
-    labels = [data.SPACE if label == " " and data.SPACE not in labels else label for label in labels]
-    blank = said.get("pad_token_id", tokens.get("<pad>", tokens.get("[PAD]", 0)))
-    if not isinstance(blank, int) or not 0 <= blank < size or len(set(labels)) < size:
-        log.info("%s: has no pad_token_id, or a character twice; the head of %s is left out", file, path)
+        upper = data.normalise(token)
+        labels[unit] = data.SPACE if token in (delimiter, " ") else upper if len(upper) == len(token) == 1 else token
+    padding = tokens.get("<pad>", tokens.get("[PAD]"))
+    blank = said.get("pad_token_id", padding if padding is not None else 0)
+    if not all(map(data.is_name, labels)) or blank not in range(size) or padding not in (None, blank):
+        log.info("%s: its blank is unclear, or a character cannot be shown; the head of %s is left out", file, path)
         return None, {}
     order = [blank, *(unit for unit in range(size) if unit != blank)]
-    log.info("%s: its CTC head is kept, with the %d labels of %s", path, size, file.name)
+    log.info("%s: has a CTC head, with the %d labels of %s", path, size, file.name)
     labels = [data.BLANK, *(labels[unit] for unit in order[1:])]
     return labels, {key: tensor[order] for key, tensor in head.items()}

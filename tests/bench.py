@@ -280,7 +280,9 @@ def engines(theirs, ours, repeats):
     for name in differences:
         dense, half = (taken.get((name, which), math.nan) for which in ("dense", "half"))
         ratios = f"{dense / half:.2f} | {taken['this', 'dense'] / dense:.2f}"
-        print(f"| {name} | {dense * 1e3:.0f} ms | {half * 1e3:.0f} ms | {ratios} | {differences[name]:.0e} |", flush=True)
+        print(
+            f"| {name} | {dense * 1e3:.0f} ms | {half * 1e3:.0f} ms | {ratios} | {differences[name]:.0e} |", flush=True
+        )
 
 
 def main():

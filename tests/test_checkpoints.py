@@ -241,7 +241,6 @@ def test_files_of_something_else_are_refused(tmp_path):
         {"dtype": "F32", "shape": [128], "data_offsets": [-512, 0]},
         {"dtype": "F32", "shape": [-128], "data_offsets": [0, 512]},
         {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 512]},
-        {"dtype": "F99", "shape": [128], "data_offsets": [0, 512]},
         {"dtype": "F32", "shape": "128", "data_offsets": [0, 512]},
         {"dtype": "F32", "shape": [128]},
         7,
@@ -532,6 +531,35 @@ def test_a_fairseq_model_of_another_architecture_is_refused_by_name(golden, tmp_
         tmp_path / "x.pt",
     )
     refused(tmp_path / "x.pt", "layers" if name == "encoder_layers" else name)
+    for holder in ({"cfg": {"model": {name: value}}}, {"args": argparse.Namespace(**{name: value})}):  # said alone
+        torch.save(holder | {"model": state_dict(golden, "fairseq")}, tmp_path / "x.pt")
+        refused(tmp_path / "x.pt", "layers" if name == "encoder_layers" else name)
+
+
+@pytest.mark.parametrize("name", ["do_stable_layer_norm", "conv_bias", "add_adapter", "feat_extract_activation"])
+@pytest.mark.parametrize("holder", ["hyper_parameters", "config"])
+def test_what_a_file_says_in_the_names_of_hugging_face_is_obeyed(golden, tmp_path, name, holder):
+    value = "relu" if name.endswith("activation") else True
+    torch.save({holder: {name: value}, "state_dict": state_dict(golden, "hf_base")}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", name)
+    said = {"num_attention_heads": 4, name: None, "feat_proj_layer_norm": True}
+    torch.save({holder: said, "state_dict": state_dict(golden, "hf_base")}, tmp_path / "x.pt")
+    assert load_pretrained(tmp_path / "x.pt").shape.heads == (4, 4)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    refused(tmp_path / "x.pt", "contradicts itself", "num_attention_heads is 2", f"{holder}.num_attention_heads is 4")
+
+
+def test_two_encoders_in_a_file_are_named(golden, tmp_path):
+    tensors = state_dict(golden, "hf_base")
+    torch.save({"state_dict": tensors, "ema_state_dict": tensors}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "state_dict., ema_state_dict.", "give one alone")
+
+
+@pytest.mark.parametrize("layers", ["[[12, 10, 5], [8, 3, 2]]", "[(12, 10)]", 7])
+def test_strides_that_cannot_be_read_or_are_too_few_are_refused(golden, tmp_path, layers):
+    model = state_dict(golden, "fairseq")
+    torch.save({"cfg": {"model": {"conv_feature_layers": layers}}, "model": model}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "do not fit" if layers == "[[12, 10, 5], [8, 3, 2]]" else "conv_feature_layers")
 
 
 def test_what_has_to_be_assumed_is_said_in_one_line_and_only_then(golden, tmp_path, caplog):
@@ -560,11 +588,11 @@ def test_the_bare_tensors_of_a_model_of_ours_are_refused_with_what_to_do(tmp_pat
 # --- A fine-tuned CTC model keeps its head ---
 
 
-def write_ctc(folder, golden, tokens, **config):
-    """A CTC model as Hugging Face saves one, its head's bias the numbers of its outputs."""
+def write_ctc(folder, golden, tokens, bias=torch.arange(11.0), **config):
+    """A CTC model as Hugging Face saves one; its head's bias has the numbers of its outputs."""
     write_layout(folder, golden, "hf_ctc")
     tensors = state_dict(golden, "hf_ctc")
-    tensors["lm_head.bias"] = torch.arange(11.0)
+    tensors["lm_head.bias"] = bias
     write_safetensors(folder / "model.safetensors", tensors)
     (folder / "vocab.json").write_text(json.dumps(tokens))
     path = folder / "config.json"
@@ -596,11 +624,33 @@ def test_a_fine_tuned_ctc_model_keeps_its_head_and_vocabulary(golden, tmp_path):
     assert (scores[0] - expected[:, [9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10]]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("tokens", [{"th": 0, "<pad>": 1}, {"a": 99}, {"a": "b"}, {"eng": {"a": 0}}, {"a": 0, "A": 1}])
+@pytest.mark.parametrize(
+    ("tokens", "said", "labels"),
+    [
+        ({"a": 0, " ": 1, "[PAD]": 2}, {}, "<pad> A |"),
+        ({"a": 0, "_": 1, "|": 2, "<pad>": 3}, {"word_delimiter_token": "_"}, "<pad> A | |"),
+        ({"a": 0, "<space>": 1, "<pad>": 2}, {"word_delimiter_token": "<space>"}, "<pad> A |"),
+        ({"σ": 1, "ς": 2, "’": 3, "[PAD]": 0, "A": 4, "a": 5}, {}, "<pad> Σ Σ ' A A"),
+        ({"ا": 0, "\u200c": 1, "<pad>": 2}, {}, "<pad> ا \u200c"),
+    ],
+)
+def test_vocabularies_of_other_tokenizers(golden, tmp_path, tokens, said, labels):
+    write_ctc(tmp_path, golden, tokens, pad_token_id=None)
+    if said:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    model = load(tmp_path)
+    assert model.labels[: len(tokens)] == labels.split(" ")
+    save_model(model, tmp_path / "model.pt")
+    assert load(tmp_path / "model.pt").labels == model.labels
+
+
+@pytest.mark.parametrize(
+    "tokens", [{"th": 0, "<pad>": 1}, {"a": 99}, {"a": "b"}, {"eng": {"a": 0}}, {"[PAD]": 1}, {"<pad>": 0, "\x85": 1}]
+)
 def test_a_head_of_anything_else_is_left_out_with_a_word(golden, tmp_path, caplog, tokens):
     caplog.set_level("INFO")
-    write_ctc(tmp_path, golden, tokens)
+    write_ctc(tmp_path, golden, tokens, pad_token_id=0)
     load_pretrained(tmp_path)
     assert "vocab.json" in caplog.text
-    with pytest.raises(UserError, match="no head"):
+    with pytest.raises(UserError, match=r"no head.*vocab\.json"):
         load(tmp_path)

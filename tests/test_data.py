@@ -4,6 +4,8 @@ import json
 import os
 import re
 import struct
+import subprocess
+import sys
 import threading
 from collections import Counter
 from functools import cache
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import LETTERS
+from conftest import HERE, LETTERS
 
 import data
 from data import open_corpus
@@ -118,14 +120,54 @@ def test_audio_of_any_format_is_known_by_what_is_in_it(tmp_path, ending, options
     )
 
 
-@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff", "au", "caf"])
+@pytest.mark.parametrize(
+    "ending", ["wav", "flac", "mp3", "aiff", "au", "caf", "ogg", "opus", "w64", "rf64", "voc", "nist"]
+)
 @pytest.mark.parametrize("share", [0.5, 0.97])
 def test_shortened_audio_is_not_taken_for_a_whole_one(tmp_path, ending, share):
     path = tmp_path / f"x.{ending}"
-    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 48_000), 16_000)
+    kind = {"opus": ("OGG", "OPUS"), "nist": ("NIST", "PCM_16")}.get(ending, (None, None))
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 48_000), 16_000, format=kind[0], subtype=kind[1])
+    assert len(data.read_audio(path)) == 48_000
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(UserError, match=r"x\.\w+: is (truncated|not readable)"):
         data.read_audio(path)
+
+
+def test_what_is_wrong_behind_the_sound_does_not_matter(tmp_path):
+    """A RIFF size that counts its own header, and a chunk at the end that was cut off."""
+    path = tmp_path / "x.wav"
+    soundfile.write(path, tone(500, 16_000, 1.0), 16_000)
+    whole, expected = path.read_bytes(), data.read_audio(path)
+    for changed in (
+        whole[:4] + struct.pack("<I", len(whole)) + whole[8:],
+        whole + b"LIST" + struct.pack("<I", 26) + b"INFOIART",
+    ):
+        path.write_bytes(changed)
+        assert np.array_equal(data.read_audio(path), expected)
+
+
+def test_audio_of_which_libsndfile_reads_a_part_is_refused(tmp_path):
+    """An mp3 of variable rate without the frame that says its length, a chained Ogg, a FLAC that does not say it."""
+    sound, path = np.random.default_rng(0).normal(0, 0.1, 160_000), tmp_path / "x"
+    soundfile.write(path, sound, 16_000, format="MP3")
+    whole = path.read_bytes()
+    second = whole.find(whole[:2], 2)
+    path.write_bytes(whole[second:])
+    with pytest.raises(UserError, match="more than libsndfile reads"):
+        data.read_audio(path)
+    soundfile.write(path, sound, 16_000, format="OGG")
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(UserError, match="more than libsndfile reads"):
+        data.read_audio(path)
+    soundfile.write(path, sound, 16_000, format="FLAC")
+    header = bytearray(path.read_bytes())
+    header[21] &= 0xF0
+    header[22:26] = bytes(4)
+    path.write_bytes(header)
+    for read in (data.read_audio, lambda path: data.measured(data.Utterance("", path, 0.0, "a"), "asr", set())):
+        with pytest.raises(UserError, match="does not say how long"):
+            read(path)
 
 
 def test_telephony_audio_that_cannot_be_sought_in_is_read(tmp_path):
@@ -436,10 +478,62 @@ def test_without_a_dev_split_every_tenth_speaker_is_lent_and_it_is_said(tmp_path
     assert "no dev split" in caplog.text
     evaluated = open_corpus(root, "asr", splits=("dev", "test"))
     assert evaluated.dev == corpus.dev
-    for header in ("client_id", "x"):  # one speaker, and none
-        path.write_text(re.sub(r"speaker\d+", "same", path.read_text()).replace("client_id", header))
+    whole = path.read_text()
+    for speakers in ({}, {"speaker00": "other"}, {"speaker00": ""}):  # one speaker, one who has nearly all, and none
+        path.write_text(re.sub(r"speaker\d+", lambda match: speakers.get(match[0], "most"), whole))
         corpus = open_corpus(root, "asr")
         assert (len(corpus.dev), len(corpus.train)) == (4, 29)
+    path.write_text("\n".join(whole.split("\n")[:2]))
+    with pytest.raises(UserError, match="too small to lend"):
+        open_corpus(root, "asr")
+
+
+def test_tables_in_the_folder_of_another_corpus_are_what_is_read(tmp_path):
+    make_kaldi(make_librispeech(tmp_path))
+    (tmp_path / "notes.jsonl").write_text("{}")
+    assert open_corpus(tmp_path, "asr", subsets={"train": "train-clean-100"}).kind == "LibriSpeech"
+    assert open_corpus(make_table(tmp_path), "asr").kind == "table"
+
+
+def test_a_name_that_no_file_can_have_is_skipped(tmp_path):
+    path = make_table(tmp_path) / "train.tsv"
+    path.write_text(path.read_text().replace("train-3.mp3", "x" * 300))
+    (reason,) = open_corpus(tmp_path, "asr", skip_bad=True).skipped
+    assert "xxx" in reason
+
+
+def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
+    """tests/corpora.py: no speaker of the test set is in another, and what a name says is what the table says."""
+    for speaker in ("ann", "bob", "cyd"):
+        for digit, take in ((7, 2), (7, 6), (8, 11), (0, 40)):
+            speak(tmp_path / "digits" / "recordings" / f"{digit}_{speaker}_{take}.wav", rate=8_000)
+    speakers = ["0000002c", "0000002d", "00000036", "00000037"]  # 44, 45, 54, 55
+    for word, extra in (("yes", ""), ("_unknown_", "tree_"), ("_silence_", None)):
+        for speaker in speakers:
+            name = "12" if extra is None else f"{extra}{speaker}_nohash_0.wav"
+            speak(tmp_path / "commands" / word / f"{name}.wav")
+    for corpus in ("digits", "commands"):
+        extra = ["--test", "bob,cyd"] if corpus == "digits" else []
+        command = [
+            sys.executable,
+            HERE / "corpora.py",
+            corpus,
+            tmp_path / corpus,
+            tmp_path / f"{corpus}-tables",
+            *extra,
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+    found = open_corpus(tmp_path / "digits-tables", "asr")
+    assert {(u.text, u.speaker) for u in found.train} == {("EIGHT", "ann"), ("ZERO", "ann")}
+    assert [(u.text, u.speaker) for u in found.dev] == [("SEVEN", "ann")]
+    assert Counter(u.speaker for u in found.test) == {"bob": 4, "cyd": 4}
+    found = open_corpus(tmp_path / "commands-tables", "slu")
+    assert {u.speaker for u in found.test} == {"0000002c"} and {u.speaker for u in found.train} == {"00000037"}
+    assert {u.speaker for u in found.dev} == {"0000002d", "00000036"}
+    assert {(u.text, u.intent) for u in found.dev} == {("YES", "yes"), ("TREE", "unknown")}
+    command[2], command[3] = "digits", tmp_path / "commands"
+    wrong = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert wrong.returncode and len(wrong.stderr.splitlines()) == 1
 
 
 def make_kaldi(root, splits=("train", "dev", "test"), count=4):
@@ -492,8 +586,19 @@ def test_a_kaldi_data_directory_that_cannot_be_used_says_why(tmp_path):
     path = root / "train" / "text"
     path.write_text(path.read_text().replace("train.u-1 ", "train.u-7 ").replace("ПРИВЕТ 3", ""))
     corpus = open_corpus(root, "asr", skip_bad=True)
-    assert ["train.u-1" in reason for reason in corpus.skipped] == [True, False]
-    assert "train.u-3: its transcript is empty" in list(corpus.skipped)[1]
+    found = sorted(reason.removeprefix(f"{root}/") for reason in corpus.skipped)
+    assert found == [
+        "train.u-3: its transcript is empty",
+        "train/text: has no line for train.u-1",
+        "train/wav.scp: has no line for train.u-7",
+    ]
+    with open(root / "test" / "wav.scp", "a") as file:
+        file.write("test.u-0 once/more.wav\nno-path\n")
+    found = open_corpus(root, "asr", splits=["test"], skip_bad=True).skipped
+    assert [reason.removeprefix(f"{root}/") for reason in found] == [
+        "test/wav.scp: line 5 has test.u-0 once more",
+        "test/wav.scp: no-path has no path",
+    ]
     (root / "dev" / "segments").write_text("a b 0 1\n")
     with pytest.raises(UserError, match="segments"):
         open_corpus(root, "asr")

@@ -36,6 +36,58 @@ RESUMABLE = [
 ]
 
 
+SLOW = (  # a process that trains for long enough to be met in the middle
+    f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
+    "import data, sslprune; from conftest import TINY; from dataclasses import replace\n"
+    "data.DEMO_SIZES = {'train': 40, 'dev': 5, 'test': 6}; sslprune.SMALL = replace(TINY, units=(60,) * 3)\n"
+)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_during_an_evaluation_loses_nothing(tmp_path, processes):
+    """In the second process, where there are two: they stop together."""
+    code = SLOW + (
+        "stop_at, calls, evaluate = int(sys.argv.pop(1)), [], sslprune.evaluate\n"
+        "def stopping(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == stop_at and sslprune.rank() == sslprune.ranks() - 1: sslprune.stopping.append(15)\n"
+        "    return evaluate(*arguments)\n"
+        "sslprune.evaluate = stopping\n"
+        "sys.exit(sslprune.main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "stopping.py").write_text(code)
+    start = (
+        [sys.executable] if processes == 1 else [sys.executable, *"-m torch.distributed.run --nproc-per-node 2".split()]
+    )
+    flags = (
+        "--task slu --budget 0.8 --dense-updates 2 --prune-updates 4 --finetune-updates 2 --evaluate-updates 1".split()
+    )
+
+    def go(stop_at, *more):
+        command = [
+            *start,
+            str(tmp_path / "stopping.py"),
+            str(stop_at),
+            *flags,
+            "--batch-seconds",
+            "6",
+            "--device",
+            "cpu",
+        ]
+        return subprocess.run(
+            [*command, "--out", str(tmp_path / str(more[0])), *more[1:]], capture_output=True, text=True
+        )
+
+    assert go(0, "whole").returncode == 0
+    for moment in (1, 4, 5) if processes == 1 else (5,):
+        stopped = go(moment, moment)
+        assert "SIGTERM stopped the run at" in stopped.stderr
+        assert 'sslprune.py", line' not in stopped.stderr  # a traceback of ours; torchrun has its own
+        resumed = go(0, moment, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        assert outcome(tmp_path / str(moment)) == outcome(tmp_path / "whole"), moment
+
+
 class Killed(BaseException):
     """Stands for a death: nothing catches it."""
 
@@ -174,13 +226,6 @@ def test_without_resume_a_run_that_died_is_left_alone_and_resume_named(dead, cap
     before = (tmp_path / "run" / "training.state").read_bytes()
     refused(run(capsys, *dead), "--resume")
     assert (tmp_path / "run" / "training.state").read_bytes() == before
-
-
-SLOW = (  # a process that trains for long enough to be met in the middle
-    f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
-    "import data, sslprune; from conftest import TINY; from dataclasses import replace\n"
-    "data.DEMO_SIZES = {'train': 40, 'dev': 5, 'test': 6}; sslprune.SMALL = replace(TINY, units=(60,) * 3)\n"
-)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +468,7 @@ def test_updates_that_are_not_finite_now_and_then_do_not_stop_the_run(small, cap
     updates = ["--dense-updates", "44", "--prune-updates", "0", "--finetune-updates", "0"]
     assert run(capsys, "--task", "slu", "--budget", "1", "--out", tmp_path / "run", *updates)[0] == 0
     assert report_of(tmp_path / "run")["updates_left_out"] == 22
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()  # which is not JSON
 
 
 def test_ctc_with_too_few_frames_is_finite():

@@ -521,6 +521,15 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
     assert set(re.findall(flags, readme)) <= known
 
 
+def test_a_name_that_is_no_text_is_printed(capsys, tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b"/\xfcber.wav")
+    soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).normal(0, 0.1, 9_000), 16_000)
+    (tmp_path / "x.wav").rename(name)
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["a"]), tmp_path / "model.pt")
+    status, printed, _ = run(capsys, "--predict", tmp_path / "model.pt", name, name)
+    assert (status, printed) == (0, f"{tmp_path}/\\udcfcber.wav\ta\n" * 2)
+
+
 def test_describe_prints_the_costs_of_a_checkpoint_and_what_its_layers_kept(capsys, tmp_path):
     model = sslprune.SpeechModel(tiny(KINDS["mac"]).slice(), "slu", ["yes", "no"])
     sslprune.save_model(model, tmp_path / "model.pt")
@@ -584,7 +593,7 @@ WRONG = {
     ),
     "empty checkpoint": (["--task", "asr", "--budget", "0.5", "--checkpoint", ""], ["empty"]),
     "budget when predicting": (["--predict", "model.pt", "x.wav", "--budget", "0.5"], ["--budget", "--predict"]),
-    "training split when evaluating": (["--evaluate", "model.pt", "--train", "train"], ["--train", "--evaluate"]),
+    "training split when predicting": (["--predict", "model.pt", "x", "--train", "train"], ["--train", "--predict"]),
     "negative seed": (["--task", "asr", "--budget", "0.5", "--seed", "-1"], ["--seed"]),
     "fractional updates": (["--task", "asr", "--budget", "0.5", "--prune-updates", "1.5"], ["--prune-updates"]),
     "zero batch": (["--task", "asr", "--budget", "0.5", "--batch-seconds", "0"], ["--batch-seconds"]),

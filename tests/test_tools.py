@@ -76,6 +76,9 @@ def test_an_exported_program_loads_with_torch_alone_and_transcribes_a_recording(
     model = SpeechModel(MODELS[encoder](), task, LETTERS).eval()
     sslprune.save_model(model, tmp_path / "model.pt")
     assert run(capsys, "--export", tmp_path / "model.pt", tmp_path / "model.pt2") == (0, "", "")
+    for there in ("model.pt", "model.pt2", "."):  # nothing is replaced
+        status, _, errors = run(capsys, "--export", tmp_path / "model.pt", tmp_path / there)
+        assert (status, len(errors.splitlines())) == (2, 1) and "is there already" in errors
     labels = {"labels.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=labels).module()
     assert json.loads(labels["labels.json"]) == LETTERS

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,18 +22,7 @@ from flops import UserError
 
 def test_the_run_is_watched(small, capsys, tmp_path):
     out = tmp_path / "run"
-    updates = [
-        "--dense-updates",
-        "4",
-        "--prune-updates",
-        "8",
-        "--finetune-updates",
-        "4",
-        "--evaluate-updates",
-        "3",
-        "--warmup-share",
-        "0.5",
-    ]
+    updates = "--dense-updates 4 --prune-updates 8 --finetune-updates 4 --evaluate-updates 3 --warmup-share 0.5".split()
     status, printed, _ = run(capsys, "--task", "asr", "--budget", "0.8", "--method", "sepsize", "--out", out, *updates)
     assert status == 0
     entries, report = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], report_of(out)
@@ -62,34 +52,59 @@ def test_the_run_is_watched(small, capsys, tmp_path):
     assert re.search(
         r"prune 6/8 .*dev word error rate \d+\.\d\d%.*expected to keep 0\.\d+, 0\.\d+ \(target 0\.800\)", printed
     )
-    picture = ElementTree.parse(out / "curve.svg").getroot()
-    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.get("points").split()) for line in lines] == [
-        9
-    ] * 4  # the error, two expected costs and the target
-    xs = [float(point.split(",")[0]) for point in lines[0].get("points").split()]
-    assert xs == sorted(xs) and xs[-1] == 650
+    lines = polylines(out)
+    assert [len(line) for line in lines] == [9] * 4  # the error, two expected costs and the target
+    assert [x for x, _ in lines[0]] == pytest.approx(
+        [50 + 600 * n / 16 for n in (3, 4, 4, 7, 10, 12, 12, 15, 16)], abs=0.1
+    )
+    assert [y for _, y in lines[3]] == pytest.approx([230 + 160 * (1 - target) for target in targets], abs=0.1)
+
+
+def polylines(out):
+    """The points of the lines in a run's picture."""
+    lines = ElementTree.parse(out / "curve.svg").getroot().findall("{http://www.w3.org/2000/svg}polyline")
+    return [[tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in lines]
+
+
+def test_the_error_is_measured_twenty_times_a_phase_and_the_loss_is_the_mean_since(
+    small, capsys, monkeypatch, tmp_path
+):
+    losses, loss = [], sslprune.SpeechModel.loss
+
+    def recorded(*arguments):
+        losses.append(loss(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", recorded)
+    flags = "--task slu --budget 1 --dense-updates 40 --prune-updates 0 --finetune-updates 0".split()
+    assert run(capsys, *flags, "--out", tmp_path / "run")[0] == 0
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["update"] for entry in entries[:20]] == list(range(2, 42, 2))
+    means = [sum(losses[i : i + 2]).item() / 2 for i in range(0, 40, 2)]
+    assert [entry["loss"] for entry in entries[:20]] == pytest.approx(means)
+
+
+def test_what_was_said_is_beside_what_was_recognised(small, capsys, monkeypatch, tmp_path):
+    corpus = make_table(tmp_path / "corpus", count=20)
+    monkeypatch.setattr(
+        sslprune.SpeechModel, "transcribe", lambda self, waveforms, lengths: ["x\ty\n"] * len(waveforms)
+    )
+    flags = ["--task", "asr", "--budget", "0.8", "--data", corpus, "--out", tmp_path / "run", *FAST]
+    assert run(capsys, *flags)[0] == 0
+    header, *rows = (tmp_path / "run" / "test.tsv").read_text(encoding="utf-8").splitlines()
+    assert header == "name\treference\thypothesis"
+    assert sorted(rows)[0] == "test-0.mp3\tGRÜSS GOTT NUMMER 0\tx y "
+    assert len(rows) == 20
 
 
 def test_evaluation_while_training_changes_nothing(small, capsys, tmp_path):
     for name, every in (("a", "1"), ("b", "0")):
-        arguments = [
-            "--task",
-            "slu",
-            "--budget",
-            "0.8",
-            "--layer-drop",
-            "0.3",
-            "--time-mask",
-            "0.3",
-            "--evaluate-updates",
-            every,
-            *FAST,
-        ]
-        assert run(capsys, *arguments, "--out", tmp_path / name)[0] == 0
+        arguments = f"--task slu --budget 0.8 --layer-drop 0.3 --time-mask 0.3 --evaluate-updates {every}".split()
+        assert run(capsys, *arguments, *FAST, "--out", tmp_path / name)[0] == 0
     assert (tmp_path / "a" / "model.pt").read_bytes() == (tmp_path / "b" / "model.pt").read_bytes()
     lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in "ab"]
     assert lines == [8, 2]  # of b, what the report has anyway
+    assert [x for x, _ in polylines(tmp_path / "b")[0]] == [250, 650]  # the dense phase ends after a third
 
 
 @pytest.mark.parametrize(
@@ -111,35 +126,23 @@ def test_users_own_corpora_run_end_to_end(small, capsys, tmp_path, make, task, w
     assert words in (tmp_path / "out" / "test.tsv").read_text()
     recording = next(path for path in corpus.rglob("*") if path.suffix in (".mp3", ".WAV"))
     assert run(capsys, "--predict", tmp_path / "out" / "model.pt", recording)[0] == 0
-    assert run(capsys, "--evaluate", tmp_path / "out" / "model.pt", "--data", corpus)[0] == 0
+    assert run(capsys, "--evaluate", tmp_path / "out" / "model.pt", "--data", corpus, "--train", "train")[0] == 0
 
 
 def test_a_fine_tuned_ctc_model_is_used_as_it_is_and_pruned_from_where_it_is(golden, capsys, tmp_path):
     """Its head is kept, its error measured before pruning, and outputs are added for characters that it lacks."""
     (tmp_path / "from").mkdir()
     letters = dict(zip("|GONUMBER A"[:9], range(9)))
-    write_ctc(tmp_path / "from", golden, letters | {"<pad>": 10, "[UNK]": 9}, pad_token_id=10)
+    bias = torch.zeros(11)
+    bias[letters["G"]] = 100  # so that it is all that is heard
+    write_ctc(tmp_path / "from", golden, letters | {"<pad>": 10, "[UNK]": 9}, bias, pad_token_id=10)
     corpus = make_librispeech(tmp_path / "LibriSpeech")
     recording = next(corpus.rglob("*.flac"))
     status, printed, _ = run(capsys, "--predict", tmp_path / "from", recording)
     assert status == 0
-    assert set(printed.partition("\t")[2].strip()) <= set("GONUMBER ")
-    arguments = [
-        "--task",
-        "asr",
-        "--budget",
-        "0.8",
-        "--method",
-        "size",
-        "--checkpoint",
-        tmp_path / "from",
-        "--data",
-        corpus,
-        "--out",
-        tmp_path / "out",
-        *FAST[2:],
-    ]
-    status, printed, errors = run(capsys, *arguments)
+    assert printed == f"{recording}\tG\n"
+    arguments = ["--checkpoint", tmp_path / "from", "--data", corpus, "--out", tmp_path / "out", *FAST[2:]]
+    status, printed, errors = run(capsys, *"--task asr --budget 0.8 --method size".split(), *arguments)
     assert (status, errors) == (0, "")
     assert "has no output for A C" in printed
     assert "word_error_rate" in report_of(tmp_path / "out")["metrics"]["dense"]["test"]
@@ -156,7 +159,7 @@ def test_added_outputs_change_nothing_of_the_others():
         model.add_labels(["B", "C"])
         after, _ = model(waveforms)
     assert torch.allclose(after[..., :3], before, atol=1e-6)
-    assert (after[..., 3:] == 0).all()
+    assert torch.allclose(after[..., 3:], model.head.bias[:3].min())  # as unlikely as any
     assert model.units == {"<pad>": 0, "|": 1, "A": 2, "B": 3, "C": 4}
     assert model.head.weight.requires_grad
 
@@ -192,7 +195,8 @@ def test_many_files_are_recognised_in_batches_as_each_alone(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("task", ["asr", "slu"])
-def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, task):
+def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, task, caplog, monkeypatch):
+    caplog.set_level("INFO")
     model, samples, longest = sslprune.SpeechModel(tiny(seed=1), task, LETTERS).eval(), [], []
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -207,8 +211,13 @@ def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, 
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
         scores = model(whole)[0]
     model.register_forward_hook(lambda module, inputs, _: longest.append(inputs[0].shape[1]))
+    monkeypatch.setattr(time, "monotonic", lambda: 11.0 * len(longest))
     (found,) = model.predict(tmp_path / "x.wav")
     assert max(longest) <= 60 * 16_000 + 400 < len(samples)
+    assert f"of {len(samples) // 16_000} s" in caplog.text  # progress
+    utterance = data.Utterance("x", tmp_path / "x.wav", len(samples) / 16_000, found, found)
+    metrics, rows = sslprune.evaluate(model, data.Corpus("", test=[utterance]), "test", 100)
+    assert rows == [("x", found, found)] and max(longest) <= 60 * 16_000 + 400  # evaluation does the same
     # The model is random, its best outputs hardly better than others: characters differ sooner than a trained one's.
     if task == "slu":
         assert scores[0, LETTERS.index(found)] > scores.max() - 0.05
