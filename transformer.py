@@ -565,12 +565,7 @@ def read_file(path):
     return read_safetensors(path) if start[8:9] == b"{" else read_pickle(path)
 
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
@@ -585,8 +580,8 @@ def read_safetensors(path):
         header.pop("__metadata__", None)
         for name, entry in header.items():
             dtype, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if dtype not in SAFETENSORS_DTYPES:  # nothing of an encoder's; as bytes it is refused there
-                sizes = [end - begin]
+            if dtype not in SAFETENSORS_DTYPES:
+                sizes = [end - begin]  # bytes, for `numbers` to refuse if the encoder needs it
             dtype = SAFETENSORS_DTYPES.get(dtype, torch.uint8)
             count = torch.empty(sizes, device="meta").numel()
             if not 0 <= begin <= end <= len(raw) - start or end - begin != count * dtype.itemsize:
@@ -643,7 +638,7 @@ def numbers(key, tensor, path):
     if not plain or tensor.is_complex() or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
         raise UserError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
     if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise UserError(f"{path}: {_shown([key])} is of {tensor.dtype}; no quantized model is read, give the original")
+        raise UserError(f"{path}: {_shown([key])} is not of floats of 16 bits or more; no quantized model is read")
     return tensor.float()
 
 

@@ -417,6 +417,8 @@ def test_two_encoders_in_a_file_are_refused_by_their_names(golden, tmp_path):
         tmp_path / "x.pt",
     )
     refused(tmp_path / "x.pt", "student", "teacher")
+    torch.save({"state_dict": tensors, "ema_state_dict": tensors}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "state_dict., ema_state_dict.", "give one alone")
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -486,7 +488,7 @@ def test_heads_of_every_kind_are_left_out_and_named(golden, tmp_path, caplog):
 def test_quantized_weights_inside_the_encoder_are_refused_by_name(golden, tmp_path, dtype):
     key = "encoder.layers.1.attention.k_proj.weight"
     torch.save(state_dict(golden, "hf_base") | {key: torch.ones(128, 128).to(dtype)}, tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", key, str(dtype))
+    refused(tmp_path / "x.pt", key, "16 bits")
 
 
 @pytest.mark.parametrize("where", ["config.json", "args", "cfg", "nested cfg"])
@@ -549,10 +551,27 @@ def test_what_a_file_says_in_the_names_of_hugging_face_is_obeyed(golden, tmp_pat
     refused(tmp_path / "x.pt", "contradicts itself", "num_attention_heads is 2", f"{holder}.num_attention_heads is 4")
 
 
-def test_two_encoders_in_a_file_are_named(golden, tmp_path):
-    tensors = state_dict(golden, "hf_base")
-    torch.save({"state_dict": tensors, "ema_state_dict": tensors}, tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", "state_dict., ema_state_dict.", "give one alone")
+def test_tensors_of_kinds_that_no_encoder_has_are_ignored_outside_of_it(golden, tmp_path):
+    path, tensors, key = tmp_path / "model.safetensors", state_dict(golden, "hf_base"), "encoder.layer_norm.bias"
+    first = torch.zeros(4, dtype=torch.float16)  # whose bytes are said to be others
+    expected = load_pretrained(write_layout(tmp_path, golden, "hf_base")).state_dict()
+    for dtype in ("I8", "F8_E4M3", "F8_E8M0", "BOOL"):
+        said = {"dtype": dtype, "shape": [8], "data_offsets": [0, 8]}
+        write_safetensors(path, {"head.x": first} | tensors, **{"head.x": said})
+        found = load_pretrained(path).state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        del tensors[key]
+        write_safetensors(path, {key: first} | tensors, **{key: said})
+        refused(path, key, "16 bits")
+        tensors = state_dict(golden, "hf_base")
+
+
+def test_tensors_are_found_six_levels_deep(golden, tmp_path):
+    nested = state_dict(golden, "hf_base")
+    for name in "edcba":
+        nested = {name: nested}
+    torch.save(nested, tmp_path / "x.pt")
+    load_pretrained(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("layers", ["[[12, 10, 5], [8, 3, 2]]", "[(12, 10)]", 7])

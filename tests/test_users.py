@@ -167,6 +167,14 @@ def test_added_outputs_change_nothing_of_the_others():
 # --- Recordings of any length ---
 
 
+def test_a_long_recording_has_the_intent_of_most_of_it():
+    class Model(sslprune.SpeechModel):
+        def forward(self, waveforms, lengths=None, statistics=None):
+            return torch.tensor([[1.0, 0.0] if waveforms.shape[1] > 900_000 else [0.0, 2.0]]), None
+
+    assert Model(tiny(), "slu", ["first", "rest"]).transcribe(torch.randn(1, 70 * 16_000)) == ["first"]
+
+
 def test_one_path_is_one_path(tmp_path):
     model = sslprune.SpeechModel(tiny(), "slu", ["a"]).eval()
     soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).normal(0, 0.1, 9_000), 16_000)
