@@ -142,7 +142,7 @@ class Frontend(nn.Module):
         x = F.gelu(first(waveforms, frames, statistics))
         for convolution, gate in zip(later, gates):
             x = F.gelu(convolution(x) if gate is None else gated(convolution, x, gate))
-        return x.transpose(1, 2), gates[-1]
+        return x.transpose(1, 2).contiguous(), gates[-1]
 
     def add_gates(self):
         self.gates = nn.ModuleList(HardConcrete(len(convolution.weight)) for convolution in self.convolutions)

@@ -1,5 +1,6 @@
 """A loaded model is a plain nn.Module: the tools that people deploy with take it, dense and pruned, at any size."""
 
+import copy
 import io
 import json
 import subprocess
@@ -13,6 +14,7 @@ import soundfile
 import torch
 from conftest import LETTERS, TINY, tiny
 from test_script import run
+from torch.utils.mkldnn import to_mkldnn
 
 import data
 import sslprune
@@ -102,6 +104,27 @@ def test_an_exported_program_loads_with_torch_alone_and_transcribes_a_recording(
     units = torch.tensor(json.loads(units))
     found = LETTERS[units] if model.task == "slu" else data.decode(units[: int(frames)], LETTERS)
     assert model.predict(tmp_path / "x.wav") == [found]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lengths", [True, False])
+def test_torch_exports_a_model_for_any_size_of_two_frames_and_more(encoder, lengths):
+    """torch.export takes a size of 1 for a constant, so that one frame is left to --export."""
+    model = SpeechModel(encoder, "asr", LETTERS).eval()
+    utterances, samples = torch.export.Dim("utterances"), torch.export.Dim("samples", min=720)
+    sizes = ({0: utterances, 1: samples}, {0: utterances})[: 1 + lengths]
+    program = torch.export.export(model, batch(2, 9_000)[: 1 + lengths], dynamic_shapes=sizes).module()
+    if lengths:
+        check(program, model, SIZES[2:])
+    with torch.no_grad():
+        for size in [] if lengths else SIZES[2:]:
+            waveforms = torch.randn(*size)
+            assert (program(waveforms)[0] - model(waveforms)[0]).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_packed_for_onednn_give_the_eager_output(model):
+    check(to_mkldnn(copy.deepcopy(model)), model)
 
 
 @pytest.mark.parametrize(("encoder", "task", "backend"), [("dense", "asr", "aot_eager"), ("pruned", "slu", "eager")])
