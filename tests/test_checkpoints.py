@@ -599,6 +599,14 @@ def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
         refused(tmp_path / name, "git-lfs", "git lfs pull")
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/"):
+        with pytest.raises(UserError, match="is no file"):
+            save_model(SpeechModel(tiny(), "slu", ["a"]), path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
 def test_the_bare_tensors_of_a_model_of_ours_are_refused_with_what_to_do(tmp_path):
     torch.save(SpeechModel(tiny(), "slu", ["a"]).state_dict(), tmp_path / "x.pt")
     refused(tmp_path / "x.pt", "shape", "save_model")
