@@ -51,7 +51,7 @@ class Corpus:
     dev: list = field(default_factory=list)
     test: list = field(default_factory=list)
     size: int = 0  # utterances, the skipped ones among them
-    said: set = field(default_factory=set)  # what has been said of how audio is changed
+    announced: set = field(default_factory=set)  # the changes of audio that have been logged, each once
     skip_bad: bool = False
     skipped: dict = field(default_factory=dict)  # the reasons, each naming its file; a dict serves as an ordered set
 
@@ -101,9 +101,8 @@ def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"
     kind, locate, read = layout(root)
     corpus, names = Corpus(kind, skip_bad=skip_bad), SUBSETS[kind] | subsets
     lends = "dev" in splits and "dev" not in subsets and not locate(names["dev"]).exists()
-    for split in ["train", *splits] if lends and "train" not in splits else splits:
-        if split == "dev" and lends:
-            continue
+    wanted = [split for split in splits if split != "dev"] if lends else splits
+    for split in dict.fromkeys(["train", *wanted] if lends else wanted):
         for name in names[split].split(","):
             if not locate(name).exists():
                 raise UserError(f"{locate(name)}: there is no such {split} subset; name what there is with --{split}")
@@ -131,6 +130,8 @@ def layout(root):
         return "Kaldi", root.joinpath, read_kaldi
     if next(root.glob("*.jsonl"), None):
         return "SLURP", lambda name: root / f"{name}.jsonl", read_slurp
+    if (root / "wav.scp").exists():
+        raise UserError(f"{root}: is one subset; give the folder around it, and name subsets by --train, --dev, --test")
     raise UserError(
         f"{root}: is no known corpus; tables are train.tsv and the like, a Kaldi data directory has SUBSET/wav.scp,"
         " LibriSpeech SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl"
@@ -141,7 +142,7 @@ def read_subset(utterances, task, corpus, found):
     """Add the utterances that can be used to a list; the others are skipped."""
     for utterance in utterances:
         try:
-            found.append(measured(utterance, task, corpus.said))
+            found.append(measured(utterance, task, corpus.announced))
         except UserError as error:
             corpus.skip(str(error))
 
@@ -161,10 +162,10 @@ def lend_dev(corpus):
     raise UserError("there is no dev split, and the training split is too small to lend one; add one")
 
 
-def measured(utterance, task, said):
+def measured(utterance, task, announced):
     """The utterance with its length, from the header of its file, and its transcript normalised. Raises UserError.
 
-    said: a set of what has been said of how audio is changed, so that it is said once.
+    announced: a set of the changes of audio that have been logged, so that each is once.
     """
     path = utterance.audio
     with opened(path) as sound:
@@ -173,8 +174,8 @@ def measured(utterance, task, said):
         raise UserError(f"{path}: is empty")
     change = [f"{rate} Hz, resampled to {SAMPLE_RATE}"] * (rate != SAMPLE_RATE)
     change += [f"{channels} channels, mixed down"] * (channels > 1)
-    if change and tuple(change) not in said:
-        said.add(tuple(change))
+    if change and tuple(change) not in announced:
+        announced.add(tuple(change))
         log.info("%s: %s (said once for all such files)", path, "; ".join(change))
     text = normalise(utterance.text)
     if task == "asr" and not text:
@@ -412,13 +413,12 @@ def pad(waveforms):
 JITTER = 0.1  # of the lengths by which batches are formed
 
 
-def training_batches(utterances, corpus, frames, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
-    """The batches of one epoch of training, in random order; utterances that cannot be trained on are skipped.
+def training_batches(utterances, frames, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
+    """The batches of one epoch of training on utterances that are usable, in random order.
 
     frames: a function from samples to the frames that the model makes of them. ctc: whether the transcript must fit in.
     speed_perturbation: utterances are played at random so much slower or faster, where they still fit.
     """
-    utterances = usable(utterances, corpus, frames, ctc)
     if speed_perturbation:
         longest = max((u.seconds for u in utterances), default=0)
         played = zip(utterances, perturb_speed(utterances, speed_perturbation, rng))
@@ -429,7 +429,7 @@ def training_batches(utterances, corpus, frames, ctc, speed_perturbation, batch_
 
 
 def usable(utterances, corpus, frames, ctc):
-    """The utterances that fit; the others are skipped. Arguments as for `training_batches`."""
+    """The utterances that make enough frames; the others are skipped. Arguments as for `training_batches`."""
     kept = []
     for u in utterances:
         if fits(u, frames, ctc):
@@ -512,14 +512,14 @@ def vocabulary(texts):
     return [BLANK, SPACE, *sorted(set().union(*texts) - {" "})]
 
 
-def encode(text, labels):
-    """Output units of a normalised transcript: (characters,) int64. labels: {character: unit}."""
-    return torch.tensor([labels[SPACE if character == " " else character] for character in text])
+def encode(text, outputs):
+    """The outputs for a normalised transcript: (characters,) int64. outputs: {character: output}."""
+    return torch.tensor([outputs[SPACE if character == " " else character] for character in text])
 
 
-def decode(units, labels):
-    """Greedy CTC decoding of units (frames,) int: repeats collapsed, blanks and marks such as <s> removed."""
-    characters = (labels[unit] for unit in torch.unique_consecutive(units).tolist())
+def decode(outputs, labels):
+    """Greedy CTC decoding of the best outputs (frames,) int: without repeats, blanks and marks such as <s>."""
+    characters = (labels[output] for output in torch.unique_consecutive(outputs).tolist())
     return " ".join("".join(c for c in characters if len(c) == 1).replace(SPACE, " ").split())
 
 

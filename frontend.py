@@ -7,8 +7,9 @@ It has a twentieth of wav2vec2-base's parameters, and a third of its MACs.
 Gates. A gate multiplies its unit's output. What reads the unit is linear, so the gate is multiplied into the weights
 that read it: the same function, without a second pass over a large activation. Slicing does the same once and for all.
 The last convolution is the exception, since a LayerNorm reads it: its gates multiply the channels themselves, and
-LayerNorm runs over all C channels of the dense model, the shut ones being 0. A shut channel's normalised value is then
-beta - mean rstd gamma, so slicing needs only C and one vector of the rest. With k kept channels of C,
+LayerNorm (weight gamma, bias beta) runs over all C channels of the dense model, the shut ones being 0. A shut channel's
+normalised value is then beta - mean rstd gamma, so slicing needs only C and one vector of the rest. With k kept
+channels of C, and rstd = 1 / sqrt(variance + eps),
 
     mean = sum_kept x / C,  variance = (sum_kept (x - mean)^2 + (C - k) mean^2) / C,  y = (x - mean) rstd gamma + beta
     W LayerNorm(x) + b = W_kept y + (b + W_shut beta_shut) - (mean rstd) W_shut gamma_shut
@@ -140,7 +141,7 @@ class Frontend(nn.Module):
         gates = [gate() for gate in self.gates] if self.gates else [None] * len(self.convolutions)
         first, *later = self.convolutions
         x = F.gelu(first(waveforms, frames, statistics))
-        for convolution, gate in zip(later, gates):
+        for convolution, gate in zip(later, gates):  # each with the gate of the one before it, whose channels it reads
             x = F.gelu(convolution(x) if gate is None else gated(convolution, x, gate))
         return x.transpose(1, 2).contiguous(), gates[-1]
 
@@ -148,7 +149,10 @@ class Frontend(nn.Module):
         self.gates = nn.ModuleList(HardConcrete(len(convolution.weight)) for convolution in self.convolutions)
 
     def slice(self):
-        """Remove the shut channels, in place. Returns the last layer's kept channels (indices), and its gate."""
+        """Remove the shut channels, in place; in evaluation mode, where gates are not sampled.
+
+        Returns the last layer's kept channels (indices), and its gate.
+        """
         kept = scale = None
         for convolution, gate in zip(self.convolutions, self.gates):
             if kept is not None:
@@ -156,7 +160,7 @@ class Frontend(nn.Module):
             kept = gate.kept()
             scale = gate()[kept]
             keep_rows(convolution, kept)
-        last, self.gates = gate(), None
+        last, self.gates = self.gates[-1](), None
         return kept, last
 
 
@@ -196,11 +200,11 @@ class Projection(nn.Module):
 
     def forward(self, x, frames, gate=None):
         """x: (batch, frames, channels), frames: (batch,) int, gate: (channels,) or None -> (batch, frames, width)."""
-        y, shift = self.norm(x * (self.scale if gate is None else self.scale * gate))
-        x = self.dropout(self.linear(y) - shift * self.shut)
+        y, scaled_mean = self.norm(x * (self.scale if gate is None else self.scale * gate))
+        x = self.dropout(self.linear(y) - scaled_mean * self.shut)
         if self.training and self.time_mask:
             starts = torch.rand(x.shape[:2], device=x.device) < self.time_mask / TIME_SPAN
-            first = (torch.rand(len(x), device=x.device) * frames).long()  # so that no utterance is without
+            first = (torch.rand(len(x), device=x.device) * frames).long()  # a span for each, if it has none
             starts = starts | ~starts.any(1, keepdim=True) & F.one_hot(first, x.shape[1]).bool()
             x = torch.where(spans(starts, TIME_SPAN)[..., None], self.mask_embedding.to(x.dtype), x)
         if self.training and self.channel_mask:

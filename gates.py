@@ -8,10 +8,12 @@ A unit is an output channel of a convolution, an attention head or a feed-forwar
 
 (Louizos, Welling, Kingma 2018, arXiv 1712.01312, eq. 10 to 13.) Weights and gates minimise, and multipliers maximise,
 
-    L_task + lambda_1 (s - t) + lambda_2 (s - t)^2,  s = 1 - E[cost] / dense cost
+    L_task + lambda_1 (S - t) + lambda_2 (S - t)^2,  S = 1 - E[cost] / dense cost
 
-with the target sparsity t warmed up linearly from 0 (Wang, Wohlwend, Lei 2020, arXiv 1910.04732, section 3.2).
-What is constrained is the method's choice: `METHODS` (Peng et al. 2023, arXiv 2302.14132).
+with the target sparsity t warmed up linearly from 0 (Wang, Wohlwend, Lei 2020, arXiv 1910.04732, section 3.2). The
+expectation is over P(z != 0), while at evaluation a unit is kept where its deterministic z is over 0: the two counts
+differ, and hardening, when training is over, shuts units until the real cost is within the budget. What is constrained
+is the method's choice: `METHODS` (Peng et al. 2023, arXiv 2302.14132).
 
 Gates are given to the functions here as a dictionary from (field of flops.Shape, layer) to gate, e.g. ("heads", 3).
 """
@@ -74,7 +76,8 @@ class HardConcrete(nn.Module):
         and its unit would be kept in vain.
         """
         order = self.log_alpha.argsort(descending=True, stable=True)
-        self.log_alpha.clamp_(min=0)[order[count:]] = -math.inf
+        self.log_alpha.clamp_(min=0)
+        self.log_alpha[order[count:]] = -math.inf
 
 
 class Constraint(NamedTuple):
@@ -138,7 +141,7 @@ class Lagrangian(nn.Module):
         self.multipliers = nn.Parameter(torch.zeros(len(METHODS[method]), 2))
 
     def sparsity(self, gates):
-        """Expected sparsity s of each constrained cost: (constraints,) float64, differentiable."""
+        """Expected sparsity S of each constrained cost: (constraints,) float64, differentiable."""
         expected = cost(expected_shape(self.shape, gates), SAMPLES)
         kept = [constraint.measure(expected) / constraint.measure(self.dense) for constraint in METHODS[self.method]]
         return 1 - torch.stack(kept)
@@ -162,7 +165,7 @@ def harden(gates, shape, method, budget, ragged=False):
     for constraint in METHODS[method]:
         governed = {place: gate for place, gate in gates.items() if place[0] in constraint.kinds}
 
-        def share(counts, measure=constraint.measure):
+        def share(counts, measure=constraint.measure):  # a default is bound now, and not when the loop has gone on
             return measure(cost(shape.with_counts(kept | counts), SAMPLES)) / measure(dense)
 
         if share({place: fewest(place) for place in governed}) > budget:
@@ -174,7 +177,18 @@ def harden(gates, shape, method, budget, ragged=False):
 
 
 def counts_to_keep(gates, share, budget, ragged):
-    """How many units to keep, {place: count}. share: a function from such counts to their part of the dense cost."""
+    """How many units to keep, {place: count}. share: a function from such counts to their part of the dense cost.
+
+    1. Groups are taken from the best one on as long as all of them fit together: the threshold is the first that does
+       not. (More units never cost less, so that this number can be found by bisection.)
+    2. Of the coarse units, channels and heads, the groups above the threshold are kept; the group at the threshold too,
+       if it is one of theirs and the fine units, that is the feed-forward's, can make room for it.
+    3. Groups of fine units are kept, the best first, each that fits; then, where that leaves over TOLERANCE, single
+       fine units; then single units of any kind.
+
+    Where no feed-forward unit is gated, the units of the last place are the fine ones, and the group at the threshold
+    is taken apart into single units.
+    """
     groups, counts = unit_groups(gates, ragged), {place: fewest(place) for place in gates}
 
     def fits(chosen):
@@ -185,20 +199,21 @@ def counts_to_keep(gates, share, budget, ragged):
             if counts[place] < count and fits([(place, count)]):
                 counts[place] = count
 
-    def above_threshold():
-        """How many of the groups, the best ones, fit together; the threshold falls on the next one."""
+    def groups_that_fit():
+        """The number of the best groups that fit together."""
         return bisect.bisect(range(len(groups)), 0, key=lambda last: not fits(groups[: last + 1]))
 
-    best = above_threshold()
+    threshold = groups_that_fit()
     fine = [place for place in gates if place[0] == "units"]
-    if not fine:  # the units of the last place are the next finest, and the group at the threshold is taken apart
+    if not fine:
         fine = list(gates)[-1:]
-        for place, count in groups[best : best + 1]:
-            kept = dict(groups[:best]).get(place, counts[place])
-            groups[best : best + 1] = [(place, n) for n in range(kept + 1, count + 1)]
-        best = above_threshold()
-    without, with_next = ([group for group in groups[:end] if group[0] not in fine] for end in (best, best + 1))
-    keep(with_next if fits(with_next) else without)  # fine units make room for the group at the threshold if they can
+        for place, count in groups[threshold : threshold + 1]:
+            kept = dict(groups[:threshold]).get(place, counts[place])
+            groups[threshold : threshold + 1] = [(place, n) for n in range(kept + 1, count + 1)]
+        threshold = groups_that_fit()
+    coarse = [group for group in groups[:threshold] if group[0] not in fine]
+    coarse_and_next = coarse + [group for group in groups[threshold : threshold + 1] if group[0] not in fine]
+    keep(coarse_and_next if fits(coarse_and_next) else coarse)
     keep(group for group in groups if group[0] in fine)
     for places in (fine, gates):  # single units, where whole groups leave too much
         if ragged or budget - share(counts) > TOLERANCE:

@@ -7,7 +7,7 @@
     python sslprune.py --evaluate runs/asr-mac-0.5/model.pt --data LibriSpeech
     python sslprune.py --describe runs/asr-mac-0.5/model.pt
     python sslprune.py --export runs/asr-mac-0.5/model.pt model.pt2
-    torchrun --nproc-per-node 4 sslprune.py --task asr --budget 0.5 ...    # on four GPUs
+    torchrun --nproc-per-node 4 sslprune.py --task asr --budget 0.5 ...    # four processes, a GPU each
 
 A run has up to three phases. Without a checkpoint it first trains a dense model, since the method prunes a trained one.
 Then weights, gates and multipliers train together under the budget (gates.py); the gates are hardened to the budget and
@@ -162,17 +162,18 @@ def parse(arguments):
         help="how often to write what --resume needs (default %(default)g)")  # fmt: skip
     add("--evaluate-updates", type=count, metavar="N",
         help="how often to measure the error on dev while training (default: 20 times a phase; 0: never)")  # fmt: skip
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0)
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, batches, masks and gates")
     add("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     add("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32")
     add("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
     add("--max-seconds", type=seconds, default=30.0, metavar="N", help="train on no longer ones (default %(default)g)")
     add("--accumulate", type=number(int, 1, 10**6), default=1, metavar="N", help="batches per update and process")
     add("--workers", type=count, metavar="N", help="processes that load audio (default: 4 with a GPU, else 0)")
-    add = parser.add_argument_group("recipe (defaults: see RECIPES in sslprune.py)").add_argument
+    add = parser.add_argument_group("recipe (where each number is from: RECIPES in sslprune.py)").add_argument
     types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds, "perturbation": number(float, 0, 0.5)}
     for name in RECIPES["small"]:
-        add(flag(name), type=types.get(name.rpartition("_")[2], fraction), metavar="N")
+        defaults = f"default {RECIPES['base'][name]:g}, of a small model {RECIPES['small'][name]:g}"
+        add(flag(name), type=types.get(name.rpartition("_")[2], fraction), metavar="N", help=defaults)
     options = parser.parse_args(arguments)
     check_combination(options, parser)
     return options
@@ -220,9 +221,11 @@ def evaluate_model(options):
     if options.task not in (None, model.task):
         raise UserError(f"{options.evaluate}: was trained for {model.task}, not for {options.task}")
     corpus = open_corpus(options, model.task, SPLITS)
+    if model.task == "slu" and not any(u.intent in model.outputs for u in corpus.test):
+        raise UserError(f"{options.data}: has none of the model's intents; give the corpus that it is for as --data")
     for split in SPLITS:
         metrics, _ = evaluate(model, corpus, split, options.batch_seconds or RECIPES["small"]["batch_seconds"])
-        print(in_words({split: metrics}), flush=True)
+        print(f"{options.data}: {in_words({split: metrics})}", flush=True)
     return 0
 
 
@@ -299,7 +302,7 @@ def go_through_phases(run):
     metrics = evaluate_all(run, last=True)
     if not rank():
         report = make_report(run, metrics)
-        write(run.out / "curve.svg", curve(run.progress.history, report["updates"]).encode())
+        write(run.out / "curve.svg", curve(run.progress.history, report["updates"], report["metric"]["name"]).encode())
         write(run.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         log.info("\n%s\n\n%s\n", picture(model.encoder.shape, run.start_shape), comparison(report))
     run.enter("done")
@@ -333,11 +336,23 @@ def prepare(options, device):
         model, trained = model_to_prune(options, checkpoint, corpus)
         run = Run(options, out, corpus, device, model, Progress(shape.as_dict(), head_is_trained=trained))
         torch.manual_seed(options.seed + rank())  # after the weights, which are to be the same in all processes
+    usable_for_training(run)
     if not rank():
         out.mkdir(parents=True, exist_ok=True)
     if not state:
         run.save()
     return run
+
+
+def usable_for_training(run):
+    """The utterances of the training split that are not too long and fit the model; others are skipped."""
+    short = [u for u in run.corpus.train if u.seconds <= run.options.max_seconds]
+    run.progress.too_long = len(run.corpus.train) - len(short)
+    usable = data.usable(short, run.corpus, frames_of(run.model), run.model.task == "asr")
+    run.corpus.check()
+    if not usable:
+        raise UserError("no utterance of the training split is of use: all are over --max-seconds, or too short")
+    return usable
 
 
 def fill_recipe(options, shape):
@@ -359,14 +374,15 @@ def model_to_prune(options, checkpoint, corpus):
     else:
         labels = sorted({u.intent for u in corpus.train})
     if checkpoint is None or checkpoint.task != options.task:
-        if checkpoint and checkpoint.task:
-            log.info("%s: its head for %s is left out", options.checkpoint, checkpoint.task)
+        if checkpoint:
+            what = f"its head for {checkpoint.task} is left out" if checkpoint.task else "has no head for a task"
+            log.info("%s: %s; one for %s starts at random", options.checkpoint, what, options.task)
         encoder = checkpoint.encoder() if checkpoint else Wav2Vec2(SMALL)
         return SpeechModel(encoder, options.task, labels), False
     model = checkpoint.model()
-    new = [label for label in labels if label not in model.units]
+    new = [label for label in labels if label not in model.outputs]
     if new:
-        log.info("%s: its head has no output for %s; they start anew", options.checkpoint, " ".join(new))
+        log.info("%s: its head has no output for %s; they start at zero", options.checkpoint, " ".join(new))
         model.add_labels(new)
     return model, True
 
@@ -386,7 +402,7 @@ def usable_device(name):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # random states and synchronisation are the current device's
         torch.zeros(1, device=device, dtype=torch.float64).item()  # counts and the first GroupNorm need float64
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
+    except (RuntimeError, AssertionError, AttributeError, NotImplementedError, TypeError, ImportError) as error:
         why = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {name}: cannot be used here ({why})") from error
     return device
@@ -450,16 +466,15 @@ def epoch(run):
     """
     options, model, corpus, progress = run.options, run.model, run.corpus, run.progress
     rng = np.random.default_rng([options.seed, *progress.phase.encode(), progress.epoch])
-    short_enough = [u for u in corpus.train if u.seconds <= options.max_seconds]
-    progress.too_long = len(corpus.train) - len(short_enough)
     # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
     shortest_first = progress.phase == "dense" and progress.epoch == 0 and model.task == "asr"
     batches = data.training_batches(
-        short_enough, corpus, frames_of(model), model.task == "asr",
+        usable_for_training(run), frames_of(model), model.task == "asr",
         options.speed_perturbation, options.batch_seconds, rng, shortest_first,
     )  # fmt: skip
     size, first_update, from_start = ranks() * options.accumulate, progress.update, progress.groups_used == 0
-    groups = [batches[i : i + size][rank() :: ranks()] for i in range(0, len(batches), size)][progress.groups_used :]
+    groups = [batches[i : i + size] for i in range(0, len(batches), size)]  # of an update, in all processes
+    groups = [group[rank() :: ranks()] for group in groups[progress.groups_used :]]
     loaded = load_batches(list(itertools.chain(*groups)), corpus, options.workers, run.device)
     for group in groups:
         if progress.update == run.updates:
@@ -469,7 +484,7 @@ def epoch(run):
     share_skipped(corpus)
     corpus.check()
     if from_start and progress.update == first_update:
-        raise UserError("no utterance of the training split could be read, or none is short enough for --max-seconds")
+        raise UserError("no utterance of the training split could be read")
     progress.epoch, progress.groups_used = progress.epoch + 1, 0
 
 
@@ -489,7 +504,7 @@ def load_batches(batches, corpus, workers, device):
 
 def frames_of(model):
     """A function from samples to the frames that a model makes of them."""
-    return lambda samples: model.encoder.full_shape.frames(samples)[-1]
+    return lambda samples: model.encoder.tensor_shape.frames(samples)[-1]
 
 
 def tri_stage(done):
@@ -614,7 +629,9 @@ def watch(run):
     """Every so many updates, and before slicing: measure the error on dev, and record it."""
     progress, every = run.progress, run.options.evaluate_updates
     every = max(1, run.updates // 20) if every is None else every
-    due = progress.phase == "prune" if progress.update == run.updates else progress.update % max(1, every) == 0
+    due = progress.update % max(1, every) == 0
+    if progress.update == run.updates:  # evaluate_all records the ends of the others, and this one has to be unsliced
+        due = progress.phase == "prune"
     untrained = progress.update == 0 and not progress.head_is_trained
     recorded = progress.history and (progress.history[-1]["phase"], progress.history[-1]["update"])
     if every and due and not untrained and recorded != (progress.phase, progress.update):
@@ -722,7 +739,7 @@ def make_report(run, metrics):
 
 
 def comparison(report):
-    """Dense against pruned, as text. The former is the model before pruning; the pruned one was trained for longer."""
+    """The model before pruning against the pruned one, which was trained for longer, as text."""
     dense, pruned, metrics = report["dense"], report["pruned"], report["metrics"]
     rows = [
         (f"MACs ({SECONDS} s of audio)", "macs", 1e9, "G", 3),
@@ -731,7 +748,7 @@ def comparison(report):
         ("  of the frontend", "frontend_params", 1e6, "M", 3),
         (f"forward ({SECONDS} s of audio)", "seconds", 1e-3, "ms", 1),
     ]
-    lines = [f"{'':<28}{'dense, before':>15}{'pruned':>15}{'kept':>10}"]
+    lines = [f"{'':<28}{'before':>15}{'pruned':>15}{'kept':>10}"]
     for name, key, scale, unit, digits in rows:
         before, after = (f"{values[key] / scale:12.{digits}f} {unit:<2}" for values in (dense, pruned))
         lines.append(f"{name:<28}{before}{after}{pruned[key] / dense[key]:>10.2%}")
@@ -742,16 +759,17 @@ def comparison(report):
     return "\n".join(lines)
 
 
-def curve(history, updates):
+def curve(history, updates, metric):
     """The lines of metrics.jsonl as a picture, SVG: the dev metric, and expected and target cost, over all updates.
 
-    updates: how many each phase has, {phase: number}.
+    updates: how many each phase has, {phase: number}. metric: the name of what is measured on dev.
     """
     ends = dict(zip(updates, itertools.accumulate(updates.values())))  # in updates of the whole run
     xs = [ends[entry["phase"]] - updates[entry["phase"]] + entry["update"] for entry in history]
     last = max(1, *ends.values())
     highest = max([1e-9, *(entry["dev"] for entry in history)])
-    lines = {f"dev, up to {highest:.3g}": (30, "#c33", [entry["dev"] / highest for entry in history])}
+    name = f"{metric.replace('_', ' ')}, to {highest:.3g}"
+    lines = {name: (30, "#c33", [entry["dev"] / highest for entry in history])}
     for i, _ in enumerate(history[0]["expected"] if history else []):
         lines[f"expected cost {i + 1}"] = (230, "#36c", [entry["expected"][i] for entry in history])
     lines["target"] = (230, "#999", [entry["target"] for entry in history])
@@ -782,7 +800,8 @@ def in_words(metrics):
 # --- State: how a run goes on after a death ------------------------------------------------------------------------
 
 STATE = "training.state"  # the training checkpoint in the folder of a run
-NO_EFFECT_ON_RESULTS = {"resume", "out", "device", "workers", "save_seconds", "predict", "evaluate", "describe"}
+COMMANDS = {"predict", "evaluate", "describe", "export"}
+NO_EFFECT_ON_RESULTS = COMMANDS | {"resume", "out", "device", "workers", "save_seconds", "skip_bad"}
 
 
 @dataclasses.dataclass
@@ -1019,6 +1038,7 @@ def processes(device):
             log.setLevel(logging.ERROR)
     try:
         yield
+        gather(None)  # so that none ends while the first still writes
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

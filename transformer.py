@@ -157,7 +157,7 @@ class Wav2Vec2(nn.Module):
 
     def __init__(self, shape, dense=None, dropout=0.1):
         super().__init__()
-        self.full_shape = shape  # of the tensors; `shape` is without what the gates shut
+        self.tensor_shape = shape  # of the tensors; `shape` is without what the gates shut
         self.dense = dense or shape  # the shape before any slicing
         self.frontend = Frontend(shape)
         self.projection = Projection(shape.channels[-1], shape.width, self.dense.channels[-1], dropout)
@@ -182,10 +182,11 @@ class Wav2Vec2(nn.Module):
             lengths = self.checked(waveforms, lengths)
         if lengths is None:
             x, gate = self.frontend(waveforms, None, statistics)
-            frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None  # no constant, for traces
+            # Counted, since a number from x.shape would be a constant of a trace.
+            frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None
         else:
             waveforms = waveforms.masked_fill(~valid(lengths, waveforms.shape[1]), 0)  # no NaN may reach gradients
-            after_first, *_, frames = self.full_shape.frames(lengths)
+            after_first, *_, frames = self.tensor_shape.frames(lengths)
             x, gate = self.frontend(waveforms, after_first, statistics)
             mask = valid(frames, x.shape[1])
         x = zero_beyond(mask, self.projection(x, frames, gate))
@@ -202,7 +203,7 @@ class Wav2Vec2(nn.Module):
             raise ValueError("waveforms must be (batch, samples), and lengths (batch,)")
         if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
             raise ValueError("lengths must be whole numbers")
-        needed, samples = self.full_shape.receptive_field, waveforms.shape[1]
+        needed, samples = self.tensor_shape.receptive_field, waveforms.shape[1]
         shortest, longest = (samples, samples) if lengths is None else (int(lengths.min()), int(lengths.max()))
         if shortest < needed or longest > samples:
             possible = f"from {needed}, which make one frame, to the {samples} of the batch are possible"
@@ -220,7 +221,7 @@ class Wav2Vec2(nn.Module):
     @property
     def shape(self):
         """The flops.Shape of this model as it is at evaluation: what slicing it now gives."""
-        return self.full_shape.with_counts({place: len(gate.kept()) for place, gate in self.gates.items()})
+        return self.tensor_shape.with_counts({place: len(gate.kept()) for place, gate in self.gates.items()})
 
     def add_gates(self, kinds):
         """Give each unit of these kinds ("channels", "heads", "units") a gate, open."""
@@ -237,7 +238,7 @@ class Wav2Vec2(nn.Module):
     def slice(self):
         """A new model without gates and without the units that are shut; its evaluation-mode output is this one's."""
         sliced = copy.deepcopy(self).eval()
-        sliced.full_shape = self.shape
+        sliced.tensor_shape = self.shape
         if sliced.frontend.gates:
             sliced.projection.slice(*sliced.frontend.slice())
         for layer in sliced.layers:
@@ -261,8 +262,8 @@ class SpeechModel(nn.Module):
     def __init__(self, encoder, task, labels):
         super().__init__()
         self.encoder, self.task, self.labels = encoder, task, list(labels)
-        self.units = {label: unit for unit, label in enumerate(self.labels)}
-        self.head = nn.Linear(encoder.full_shape.width, len(labels))
+        self.outputs = {label: output for output, label in enumerate(self.labels)}
+        self.head = nn.Linear(encoder.tensor_shape.width, len(labels))
         self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
 
     def forward(self, waveforms, lengths=None, statistics=None):
@@ -277,9 +278,9 @@ class SpeechModel(nn.Module):
         """Mean over the batch of the CTC loss per character (asr) or of the cross entropy (slu)."""
         scores, frames = self(waveforms, lengths)
         if self.task == "slu":
-            targets = torch.tensor([self.units[u.intent] for u in utterances], device=scores.device)
+            targets = torch.tensor([self.outputs[u.intent] for u in utterances], device=scores.device)
             return F.cross_entropy(scores.float(), targets)
-        targets = [data.encode(u.text, self.units) for u in utterances]
+        targets = [data.encode(u.text, self.outputs) for u in utterances]
         sizes = torch.tensor([len(target) for target in targets])
         log_probabilities = scores.float().log_softmax(2).transpose(0, 1)
         return F.ctc_loss(log_probabilities, torch.cat(targets).to(scores.device), frames, sizes, zero_infinity=True)
@@ -288,7 +289,7 @@ class SpeechModel(nn.Module):
     def add_labels(self, new):
         """Add outputs to the head, of weight 0 and as unlikely as any other is."""
         self.labels += new
-        self.units = {label: unit for unit, label in enumerate(self.labels)}
+        self.outputs = {label: output for output, label in enumerate(self.labels)}
         weight, bias = self.head.weight, self.head.bias
         self.head = nn.Linear(weight.shape[1], len(self.labels), device=weight.device)
         for parameter, old in ((self.head.weight, weight), (self.head.bias, bias)):
@@ -306,11 +307,11 @@ class SpeechModel(nn.Module):
         best = scores.argmax(-1).cpu()
         if self.task == "slu":
             return [self.labels[i] for i in best.tolist()]
-        return [data.decode(units[:n], self.labels) for units, n in zip(best, frames.tolist())]
+        return [data.decode(outputs[:n], self.labels) for outputs, n in zip(best, frames.tolist())]
 
     def _transcribe_long(self, waveform):
         """The transcript or intent of (1, samples), from pieces whose GroupNorm has the statistics of the whole."""
-        shape, started, found = self.encoder.full_shape, time.monotonic(), []
+        shape, started, found = self.encoder.tensor_shape, time.monotonic(), []
         hop, total = math.prod(shape.strides), shape.frames(waveform.shape[1])[-1]
         length, overlap = (seconds * SAMPLE_RATE // hop for seconds in (PIECE_SECONDS, OVERLAP_SECONDS))
         statistics = self.encoder.frontend.convolutions[0].statistics_of_long(waveform, PIECE_SECONDS * SAMPLE_RATE)
@@ -362,7 +363,7 @@ class SpeechModel(nn.Module):
             samples = data.waveform(data.Utterance(str(path), path, 0.0))
         except UserError as error:
             return error
-        if len(samples) < self.encoder.full_shape.receptive_field:
+        if len(samples) < self.encoder.tensor_shape.receptive_field:
             return UserError(f"{path}: {len(samples)} samples are too short to recognise anything in")
         return data.Utterance(str(path), samples, len(samples) / SAMPLE_RATE)
 
@@ -375,7 +376,7 @@ class Padded(nn.Module):
         self.model = model
 
     def forward(self, waveforms, lengths):
-        return self.model(F.pad(waveforms, (0, math.prod(self.model.encoder.full_shape.strides))), lengths)
+        return self.model(F.pad(waveforms, (0, math.prod(self.model.encoder.tensor_shape.strides))), lengths)
 
 
 def exported(model):
@@ -473,7 +474,7 @@ def contents_of(model):
     """What a model.pt holds of a SpeechModel: plain values and tensors, which load with weights_only=True."""
     return {
         "format": "sslprune",
-        "shape": model.encoder.full_shape.as_dict(),
+        "shape": model.encoder.tensor_shape.as_dict(),
         "dense": model.encoder.dense.as_dict(),
         "task": model.task,
         "labels": model.labels,
@@ -523,7 +524,7 @@ def find_checkpoint(path):
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: there is no such file or folder")
+        raise UserError(f"{path}: there is no such file or folder; models of a hub are not fetched, give them as files")
     names = ["model.safetensors", "pytorch_model.bin", "model.pt"]
     names += [f"{name}.index.json" for name in names]
     found = [path / name for name in names if (path / name).is_file()]

@@ -732,21 +732,18 @@ def test_speed_perturbation_plays_audio_faster_or_slower_with_its_pitch():
     assert [u.speed for u in again] == [u.speed for u in played]
 
 
-def test_an_epoch_has_every_usable_utterance_once_and_no_speed_that_does_not_fit():
+def test_an_epoch_has_every_utterance_once_and_no_speed_that_does_not_fit():
     def frames(samples):
         return samples // 320
 
     needed = data.frames_needed("ZERO") * 320 / 16_000
-    utterances = [data.Utterance("fits", None, needed, "ZERO"), data.Utterance("long", None, 30.0, "ZERO"),
-                  data.Utterance("short", None, needed - 0.01, "ZERO")]  # fmt: skip
+    utterances = [data.Utterance("fits", None, needed, "ZERO"), data.Utterance("long", None, 30.0, "ZERO")]
     seen = set()
     for seed in range(20):
-        corpus = data.Corpus("x")
-        batches = data.training_batches(utterances, corpus, frames, True, 0.5, 40.0, np.random.default_rng(seed))
+        batches = data.training_batches(utterances, frames, True, 0.5, 40.0, np.random.default_rng(seed))
         found = {u.name: u.speed for batch in batches for u in batch}
         assert set(found) == {"fits", "long"}
         assert found["fits"] <= 1 <= found["long"]
-        assert len(corpus.skipped) == 1
         seen |= set(found.values())
     assert seen == {0.5, 1.0, 1.5}
 

@@ -205,7 +205,7 @@ def dead(small, capsys, monkeypatch, tmp_path):
         (["--budget", "0.8"], ["--budget 0.9", "0.8"]),
         (["--finetune-updates", "9"], ["--finetune-updates 2", "9"]),
         (["--dtype", "bfloat16"], ["--dtype float32"]),
-        (["--skip-bad"], ["--skip-bad"]),
+        (["--max-seconds", "20"], ["--max-seconds"]),
     ],
 )
 def test_resuming_with_other_flags_is_refused_with_the_difference(dead, capsys, changed, words):
@@ -213,7 +213,17 @@ def test_resuming_with_other_flags_is_refused_with_the_difference(dead, capsys, 
 
 
 def test_flags_that_change_no_result_may_change(dead, capsys):
-    assert run(capsys, *dead, "--resume", "--save-seconds", "5", "--device", "cpu")[0] == 0
+    assert run(capsys, *dead, "--resume", "--save-seconds", "5", "--device", "cpu", "--skip-bad")[0] == 0
+
+
+def test_transcripts_that_do_not_fit_their_audio_are_found_before_anything_is_trained(small, capsys, tmp_path):
+    path = make_librispeech(tmp_path / "corpus", 9)
+    for transcripts in path.glob("train-clean-100/*/*/*.trans.txt"):
+        transcripts.write_text("".join(f"{line} {'LONG ' * 99}\n" for line in transcripts.read_text().splitlines()))
+    arguments = ["--task", "asr", "--budget", "0.8", *FAST, "--data", path, "--out", tmp_path / "run"]
+    refused(run(capsys, *arguments), "--skip-bad", "frames")
+    refused(run(capsys, *arguments, "--skip-bad"), "no utterance of the training split")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_with_a_damaged_state_or_another_corpus_or_none_is_refused(dead, capsys, tmp_path):

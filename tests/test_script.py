@@ -567,6 +567,7 @@ def refused(result, *words):
 
 
 WRONG = {
+    "no GPU": (["--task", "asr", "--budget", "0.5", "--device", "cuda:99"], ["--device cuda:99"]),
     "no arguments": ([], ["--task"]),
     "no budget": (["--task", "asr"], ["--budget"]),
     "unknown task": (["--task", "translate", "--budget", "0.5"], ["asr", "slu"]),

@@ -160,7 +160,7 @@ def test_added_outputs_change_nothing_of_the_others():
         after, _ = model(waveforms)
     assert torch.allclose(after[..., :3], before, atol=1e-6)
     assert torch.allclose(after[..., 3:], model.head.bias[:3].min())  # as unlikely as any
-    assert model.units == {"<pad>": 0, "|": 1, "A": 2, "B": 3, "C": 4}
+    assert model.outputs == {"<pad>": 0, "|": 1, "A": 2, "B": 3, "C": 4}
     assert model.head.weight.requires_grad
 
 
