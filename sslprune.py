@@ -382,7 +382,7 @@ def model_to_prune(options, checkpoint, corpus):
     model = checkpoint.model()
     new = [label for label in labels if label not in model.outputs]
     if new:
-        log.info("%s: its head has no output for %s; they start at zero", options.checkpoint, " ".join(new))
+        log.info("%s: its head has no output for %s; which start at zero", options.checkpoint, " ".join(new))
         model.add_labels(new)
     return model, True
 

@@ -60,7 +60,7 @@ def write_tables(rows, folder):
             sys.exit(f"{folder}: nothing was found for {split}.tsv; give the corpus's own folder")
         text = "\n".join("\t".join(line) for line in [("path", "sentence", "intent", "speaker"), *lines])
         (folder / f"{split}.tsv").write_text(text + "\n", encoding="utf-8")
-        print(f"{folder / split}.tsv: {len(lines)} recordings of {len({line[-1] for line in lines})} speakers")
+        print(f"{folder / split}.tsv: recordings: {len(lines)}, speakers: {len({line[-1] for line in lines})}")
 
 
 def main():
