@@ -517,6 +517,7 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
         "--seconds",
         "--nproc-per-node",
         "--quick",
+        "--engines",
     }  # of flops.py, torchrun and bench.py
     assert set(re.findall(flags, readme)) <= known
 
