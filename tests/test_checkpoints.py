@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, state_dict, tiny, write_layout, write_safetensors
+from conftest import HERE, TINY, state_dict, tiny, write_layout, write_safetensors
 
-from flops import UserError
+from flops import SMALL, UserError
 from gates import KINDS
 from transformer import SpeechModel, Wav2Vec2, load, load_pretrained, save_model
 
@@ -597,6 +597,13 @@ def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 377667514\n")
         refused(tmp_path / name, "git-lfs", "git lfs pull")
+
+
+def test_the_pretrained_model_in_the_repository_is_the_small_one():
+    """See pretrain.py."""
+    model = load_pretrained(HERE / "pretrained")
+    assert model.shape == SMALL
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
