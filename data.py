@@ -57,6 +57,7 @@ class Corpus:
 
     def skip(self, reason):
         """Leave something out, for a reason that names it. It may quote any file, so nothing but text is shown."""
+        reason = reason if len(reason) < 600 else f"{reason[:300]} ... {reason[-290:]}"
         reason = "".join(c if c.isprintable() else "?" for c in reason)
         if reason not in self.skipped:
             self.skipped[reason] = True
@@ -334,7 +335,8 @@ def opened(path):
     except FileNotFoundError as error:
         raise UserError(f"{path}: is missing") from error
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is not readable audio ({getattr(error, 'error_string', error)})") from error
+        why = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: is not readable audio ({why})") from error
 
 
 def read_audio(path):
