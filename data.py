@@ -195,8 +195,8 @@ def read_librispeech(root, folder, task, skip):
             if Path(name).name != name or name == "..":
                 skip(f"{transcripts}: line {number} is not `ID TEXT`")
                 continue
-            endings = (".wav", ".mp3", ".ogg", ".opus", ".flac")
-            audio = _first_file(transcripts.parent / f"{name}{ending}" for ending in endings)
+            endings = (".flac", ".wav", ".mp3", ".ogg", ".opus")
+            audio = _first_file([transcripts.parent / f"{name}{ending}" for ending in endings])
             yield Utterance(name, audio, 0.0, text, speaker=transcripts.parts[-3])
 
 
@@ -281,7 +281,7 @@ def read_slurp(root, path, task, skip):
             if Path(file).name != file or not is_name(file):
                 skip(f"{path}: line {number} names no recording of the corpus: {file[:80]!r}")
                 continue
-            yield Utterance(file, _first_file(folder / file for folder in audio), 0.0, text, f"{scenario}_{action}")
+            yield Utterance(file, _first_file([folder / file for folder in audio]), 0.0, text, f"{scenario}_{action}")
 
 
 def _lines(path):
@@ -301,11 +301,8 @@ def _pairs(path):
 
 
 def _first_file(paths):
-    """The first of these paths that is a file; if none is, the last."""
-    for path in paths:
-        if os.path.isfile(path):  # unlike Path's, it has no error for a name that cannot be
-            break
-    return path
+    """The first of these paths that is a file; if none is, the first."""
+    return next(filter(os.path.isfile, paths), paths[0])  # unlike Path's, it has no error for a name that cannot be
 
 
 # --- Audio ---------------------------------------------------------------------------------------------------------
@@ -361,11 +358,10 @@ def read_audio(path):
 def is_truncated(sound, path):
     """Whether a file that has been read is only the beginning of one. Raises UserError where not all of it was read."""
     # libsndfile notes a size that the file does not hold; one of 2 GB and more says that a pipe's writer did not know.
-    sizes = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: +(\d+) \(should be (\d+)\)"
-    sizes = [map(int, found) for found in re.findall(sizes, sound.extra_info, re.MULTILINE)]
-    if re.search("truncated|lacks an end-of-stream bit|after the last page", sound.extra_info):
-        return True
-    if any(real < said < 2**31 - 2**16 for said, real in sizes):
+    pattern = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: +(\d+) \(should be (\d+)\)"
+    sizes = [map(int, found) for found in re.findall(pattern, sound.extra_info, re.MULTILINE)]
+    remarks = re.search("truncated|lacks an end-of-stream bit|after the last page", sound.extra_info)
+    if remarks or any(real < said < 2**31 - 2**16 for said, real in sizes):
         return True
     source = sound.name  # a descriptor, or a pipe's contents
     with open(os.dup(source), "rb") if isinstance(source, int) else contextlib.nullcontext(source) as file:

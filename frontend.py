@@ -204,7 +204,7 @@ class Projection(nn.Module):
         x = self.dropout(self.linear(y) - scaled_mean * self.shut)
         if self.training and self.time_mask:
             starts = torch.rand(x.shape[:2], device=x.device) < self.time_mask / TIME_SPAN
-            first = (torch.rand(len(x), device=x.device) * frames).long()  # a span for each, if it has none
+            first = (torch.rand(len(x), device=x.device) * frames).long()  # an utterance without a span gets one here
             starts = starts | ~starts.any(1, keepdim=True) & F.one_hot(first, x.shape[1]).bool()
             x = torch.where(spans(starts, TIME_SPAN)[..., None], self.mask_embedding.to(x.dtype), x)
         if self.training and self.channel_mask:

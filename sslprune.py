@@ -336,7 +336,6 @@ def prepare(options, device):
         model, trained = model_to_prune(options, checkpoint, corpus)
         run = Run(options, out, corpus, device, model, Progress(shape.as_dict(), head_is_trained=trained))
         torch.manual_seed(options.seed + rank())  # after the weights, which are to be the same in all processes
-    usable_for_training(run)
     if not rank():
         out.mkdir(parents=True, exist_ok=True)
     if not state:
@@ -382,7 +381,7 @@ def model_to_prune(options, checkpoint, corpus):
     model = checkpoint.model()
     new = [label for label in labels if label not in model.outputs]
     if new:
-        log.info("%s: its head has no output for %s; which start at zero", options.checkpoint, " ".join(new))
+        log.info("%s: its head had no output for %s; they are added", options.checkpoint, " ".join(new))
         model.add_labels(new)
     return model, True
 
@@ -469,7 +468,7 @@ def epoch(run):
     # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
     shortest_first = progress.phase == "dense" and progress.epoch == 0 and model.task == "asr"
     batches = data.training_batches(
-        usable_for_training(run), frames_of(model), model.task == "asr",
+        run.utterances, frames_of(model), model.task == "asr",
         options.speed_perturbation, options.batch_seconds, rng, shortest_first,
     )  # fmt: skip
     size, first_update, from_start = ranks() * options.accumulate, progress.update, progress.groups_used == 0
@@ -629,9 +628,8 @@ def watch(run):
     """Every so many updates, and before slicing: measure the error on dev, and record it."""
     progress, every = run.progress, run.options.evaluate_updates
     every = max(1, run.updates // 20) if every is None else every
-    due = progress.update % max(1, every) == 0
-    if progress.update == run.updates:  # evaluate_all records the ends of the others, and this one has to be unsliced
-        due = progress.phase == "prune"
+    # evaluate_all records the ends of the other phases; that of pruning has to be measured before slicing.
+    due = progress.phase == "prune" if progress.update == run.updates else every and progress.update % every == 0
     untrained = progress.update == 0 and not progress.head_is_trained
     recorded = progress.history and (progress.history[-1]["phase"], progress.history[-1]["update"])
     if every and due and not untrained and recorded != (progress.phase, progress.update):
@@ -837,6 +835,7 @@ class Run:
         model.to(device).dtype = DTYPES[options.dtype]
         self.start_shape = Shape.from_dict(progress.start_shape)
         self.lagrangian = self.optimizer = self.clock = None
+        self.utterances = usable_for_training(self)  # which raises UserError where there is none
 
     @property
     def updates(self):

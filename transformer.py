@@ -292,9 +292,8 @@ class SpeechModel(nn.Module):
         self.outputs = {label: output for output, label in enumerate(self.labels)}
         weight, bias = self.head.weight, self.head.bias
         self.head = nn.Linear(weight.shape[1], len(self.labels), device=weight.device)
-        for parameter, old in ((self.head.weight, weight), (self.head.bias, bias)):
-            parameter.copy_(torch.zeros_like(parameter) if old is weight else bias.min().expand_as(parameter))
-            parameter[: len(old)] = old
+        self.head.weight.zero_()[: len(weight)] = weight
+        self.head.bias.fill_(bias.min())[: len(bias)] = bias
 
     @torch.no_grad()
     def transcribe(self, waveforms, lengths=None):

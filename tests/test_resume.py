@@ -18,23 +18,10 @@ import data
 import sslprune
 from gates import KINDS, Lagrangian, harden
 
-RESUMABLE = [
-    "--layer-drop",
-    "0.3",
-    "--time-mask",
-    "0.3",
-    "--batch-seconds",
-    "6",
-    "--evaluate-updates",
-    "2",
-    "--dense-updates",
-    "2",
-    "--prune-updates",
-    "3",
-    "--finetune-updates",
-    "2",
-]
-
+RESUMABLE = (
+    "--layer-drop 0.3 --time-mask 0.3 --batch-seconds 6 --evaluate-updates 2"
+    " --dense-updates 2 --prune-updates 3 --finetune-updates 2"
+).split()
 
 SLOW = (  # a process that trains for long enough to be met in the middle
     f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
@@ -174,11 +161,7 @@ def test_a_run_that_died_before_its_first_save_begins_anew_and_one_that_ended_st
 def dead(small, capsys, monkeypatch, tmp_path):
     """A run that died in its pruning phase: the arguments that began it."""
     arguments = [
-        "--task",
-        "slu",
-        "--budget",
-        "0.9",
-        "--data",
+        *"--task slu --budget 0.9 --data".split(),
         make_slurp(tmp_path / "corpus"),
         *FAST,
         "--out",
@@ -375,23 +358,15 @@ def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, cap
                     lambda run, losses: counts.append(len(losses)) or mean_gradients(run, losses),
                 )
                 arguments = [
-                    "--task",
-                    "asr",
-                    "--budget",
-                    "1",
-                    "--accumulate",
+                    *"--task asr --budget 1 --accumulate".split(),
                     accumulate,
                     "--batch-seconds",
                     "5",
                     "--out",
                     tmp_path / f"{ranks}-{rank}",
                 ]
-                assert (
-                    run(capsys, *arguments, "--dense-updates", "12", "--prune-updates", "0", "--finetune-updates", "0")[
-                        0
-                    ]
-                    == 0
-                )
+                updates = "--dense-updates 12 --prune-updates 0 --finetune-updates 0".split()
+                assert run(capsys, *arguments, *updates)[0] == 0
             seen[ranks, rank] = loads, counts
     together, counts = seen[1, 0]
     assert counts == [len(batches[i : i + 3]) for batches in together for i in range(0, len(batches), 3)][:12]
@@ -541,11 +516,7 @@ def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, c
     assert (
         run(
             capsys,
-            "--task",
-            "asr",
-            "--budget",
-            "0.9",
-            "--data",
+            *"--task asr --budget 0.9 --data".split(),
             corpus,
             "--max-seconds",
             "0.75",
@@ -562,11 +533,7 @@ def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, c
     refused(
         run(
             capsys,
-            "--task",
-            "asr",
-            "--budget",
-            "0.9",
-            "--data",
+            *"--task asr --budget 0.9 --data".split(),
             corpus,
             "--max-seconds",
             "0.3",
@@ -580,21 +547,8 @@ def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, c
 
 def test_worker_processes_load_the_same(small, capsys, tmp_path):
     for workers in (0, 2):
-        assert (
-            run(
-                capsys,
-                "--task",
-                "slu",
-                "--budget",
-                "0.9",
-                "--workers",
-                workers,
-                *FAST,
-                "--out",
-                tmp_path / str(workers),
-            )[0]
-            == 0
-        )
+        flags = f"--task slu --budget 0.9 --workers {workers} --out".split()
+        assert run(capsys, *flags, tmp_path / str(workers), *FAST)[0] == 0
     assert outcome(tmp_path / "0") == outcome(tmp_path / "2")
 
 

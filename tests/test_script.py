@@ -114,18 +114,11 @@ def test_the_same_command_gives_the_same_model_and_another_seed_another(small, c
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run(
             capsys,
-            "--task",
-            "asr",
-            "--budget",
-            "0.6",
-            "--out",
+            *"--task asr --budget 0.6 --out".split(),
             tmp_path / name,
             "--seed",
             seed,
-            "--time-mask",
-            "0.3",
-            "--layer-drop",
-            "0.3",
+            *"--time-mask 0.3 --layer-drop 0.3".split(),
             *FAST,
         )
     a, b, c = ((tmp_path / name / "model.pt").read_bytes() for name in "abc")
@@ -209,22 +202,10 @@ def test_an_update_has_the_recipes_rates_clipped_gradients_masks_and_layer_drop(
     monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
     monkeypatch.setattr(Wav2Vec2, "forward", spy_forward)
     monkeypatch.setattr(sslprune, "CLIP", 0.01)  # so that it is met
-    recipe = [
-        "--dense-lr",
-        "1e-3",
-        "--prune-lr",
-        "2e-3",
-        "--finetune-lr",
-        "3e-3",
-        "--gate-lr",
-        "0.1",
-        "--layer-drop",
-        "0.25",
-        "--time-mask",
-        "0.125",
-        "--channel-mask",
-        "0.5",
-    ]
+    recipe = (
+        "--dense-lr 1e-3 --prune-lr 2e-3 --finetune-lr 3e-3 --gate-lr 0.1"
+        " --layer-drop 0.25 --time-mask 0.125 --channel-mask 0.5"
+    ).split()
     updates = ["--dense-updates", "2", "--prune-updates", "4", "--finetune-updates", "2"]
     assert run(capsys, "--task", "asr", "--budget", "0.8", "--out", tmp_path / "run", *recipe, *updates)[0] == 0
     rates, ascends, norms, betas = zip(*seen)
@@ -273,11 +254,7 @@ def test_each_phase_trains(small, capsys, tmp_path):
         assert (
             run(
                 capsys,
-                "--task",
-                "slu",
-                "--budget",
-                "0.9",
-                "--checkpoint",
+                *"--task slu --budget 0.9 --checkpoint".split(),
                 tmp_path / "first" / "dense.pt",
                 "--out",
                 out,
@@ -330,29 +307,12 @@ def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
 def test_training_learns_and_the_constraint_binds(small, capsys, monkeypatch, tmp_path):
     """Not how well: that it gets better by training, and that training brings the expected cost to the budget."""
     monkeypatch.setattr(data, "COMMANDS", {"say_six": ("six",), "say_alarm": ("alarm",)})
-    updates = [
-        "--dense-updates",
-        "50",
-        "--prune-updates",
-        "120",
-        "--finetune-updates",
-        "40",
-        "--ragged",
-        "--evaluate-updates",
-        "60",
-    ]
+    updates = [*"--dense-updates 50 --prune-updates 120 --finetune-updates 40 --ragged --evaluate-updates 60".split()]
     status, _, _ = run(
         capsys,
-        "--task",
-        "slu",
-        "--budget",
-        "0.7",
-        "--out",
+        *"--task slu --budget 0.7 --out".split(),
         tmp_path / "run",
-        "--dense-lr",
-        "3e-3",
-        "--batch-seconds",
-        "5",
+        *"--dense-lr 3e-3 --batch-seconds 5".split(),
         *updates,
     )
     assert status == 0
@@ -386,13 +346,7 @@ def test_public_checkpoints_are_pruned(golden, capsys, tmp_path, layout):
     path = write_layout(tmp_path / "from", golden, layout)
     corpus = make_librispeech(tmp_path / "LibriSpeech")
     arguments = [
-        "--task",
-        "asr",
-        "--budget",
-        "0.8",
-        "--method",
-        "size",
-        "--checkpoint",
+        *"--task asr --budget 0.8 --method size --checkpoint".split(),
         path,
         "--data",
         corpus,
@@ -468,17 +422,9 @@ def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp
     (folder / "84-121123-0009.flac").mkdir()
     transcripts.write_text("\n".join(lines))
     arguments = [
-        "--task",
-        "asr",
-        "--budget",
-        "0.9",
-        "--data",
+        *"--task asr --budget 0.9 --data".split(),
         corpus,
-        "--batch-seconds",
-        "300",
-        "--evaluate-updates",
-        "0",
-        "--out",
+        *"--batch-seconds 300 --evaluate-updates 0 --out".split(),
     ]
     updates = ["--dense-updates", "3", "--prune-updates", "3", "--finetune-updates", "3"]
     refused(run(capsys, *arguments, tmp_path / "a", *updates), "of 480 utterances are unusable", "--skip-bad")
@@ -514,10 +460,7 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
             )
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
     known = set(re.findall(flags, run(capsys, "--help")[1])) | {
-        "--seconds",
-        "--nproc-per-node",
-        "--quick",
-        "--engines",
+        *"--seconds --nproc-per-node --quick --engines".split()
     }  # of flops.py, torchrun and bench.py
     assert set(re.findall(flags, readme)) <= known
 
