@@ -1032,6 +1032,10 @@ def stoppable():
 def processes(device):
     """A context in which this process is one of those that torchrun started, if it did."""
     if dist.is_torchelastic_launched():
+        # Optimizers import this module, and its functions keep the group that is there at that time (a default value),
+        # whose threads then outlive destroy_process_group and abort the process as Python ends.
+        import torch.distributed.nn.functional
+
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank():
             log.setLevel(logging.ERROR)
