@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 
 import data
 from flops import BASE, SAMPLES, SECONDS, SMALL, Shape, UserError, cost, picture, table
-from gates import KINDS, METHODS, Lagrangian, check_budget, harden
+from gates import KINDS, METHODS, Lagrangian, check_budget, expected_shape, harden
 from transformer import SpeechModel, Wav2Vec2, contents_of, exported, load, precision, read_checkpoint, read_ours
 from transformer import save_model, torch_bytes, write
 
@@ -289,7 +289,7 @@ def go_through_phases(run):
         train(run)
         progress.head_is_trained = True
         if run.lagrangian:
-            progress.expected = run.expected()
+            progress.expected, progress.expected_counts = run.expected(), run.expected_counts()
             warn_unless_converged(options, progress.expected)
             harden(model.encoder.gates, run.start_shape, options.method, options.budget, options.ragged)
             model.encoder = model.encoder.slice()
@@ -718,6 +718,7 @@ def make_report(run, metrics):
         "achieved": sum(kept) / sum(dense),
         "kept": [k / d for k, d in zip(kept, dense)],
         "expected": progress.expected,  # of each constrained cost, when the pruning phase ended; `kept` came of it
+        "expected_counts": progress.expected_counts,  # of units, likewise; the pruned shape came of them
         "converged": all(abs(share - options.budget) <= CONVERGED for share in progress.expected or []),
         "metric": {"name": metric, **{split: values[metric] for split, values in metrics.items()}},
         "metrics": {"dense": progress.dense_metrics, "pruned": metrics},
@@ -815,6 +816,7 @@ class Progress:
     seconds: float = 0.0  # of training
     dense_metrics: dict | None = None
     expected: list | None = None  # part of each constrained cost that gates were to keep when the pruning phase ended
+    expected_counts: dict | None = None  # the units of each place that they were to keep then
     too_long: int = 0  # utterances that training leaves out
     left_out: int = 0  # updates without finite gradients
     left_out_in_a_row: int = 0
@@ -860,6 +862,12 @@ class Run:
             return (1 - self.lagrangian.sparsity(self.model.encoder.gates)).tolist()
         now, start = (cost(shape, SAMPLES) for shape in (self.model.encoder.shape, self.start_shape))
         return [constraint.measure(now) / constraint.measure(start) for constraint in METHODS[self.options.method]]
+
+    @torch.no_grad()
+    def expected_counts(self):
+        """How many units gates are expected to keep, {"channels": [in each layer], "heads": ..., "units": ...}."""
+        shape = vars(expected_shape(self.start_shape, self.model.encoder.gates))
+        return {kind: [round(float(count), 1) for count in shape[kind]] for kind in ("channels", "heads", "units")}
 
     def enter(self, phase):
         """Begin the next phase."""

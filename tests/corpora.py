@@ -3,6 +3,7 @@
     git clone https://github.com/Jakobovski/free-spoken-digit-dataset
     .venv/bin/python tests/corpora.py digits free-spoken-digit-dataset tables/digits --test lucas
     .venv/bin/python tests/corpora.py commands SPEECH_COMMANDS tables/commands
+    .venv/bin/python tests/corpora.py commands SPEECH_COMMANDS tables/strings --strings
     .venv/bin/python sslprune.py --task asr --budget 0.5 --data tables/digits --out runs/digits
 
 `digits`, the Free Spoken Digit Dataset: recordings/DIGIT_SPEAKER_TAKE.wav. The speakers named by --test are the test
@@ -12,16 +13,23 @@ out of training, too).
 `commands`, Speech Commands (Warden 2018): a folder a word, WORD/SPEAKER_nohash_TAKE.wav, or its test set with the
 classes `_unknown_` (whose files' names begin with the word) and `_silence_` (nobody's, and left out). It is split by
 speaker: a speaker is in the test set where its number, the hexadecimal in the name, has a remainder of under 45 when
-divided by 100; under 55, in the dev set; else in the training set.
+divided by 100; under 55, in the dev set; else in the training set. With --strings the utterances are strings of two to
+five words of one speaker, whose recordings follow each other in random order: each recording is in eight strings of the
+training set, or in two of the others (a speaker's last ones may be shorter). They are written beside the tables.
 
 `path` in a table is from the table's folder; move the two together.
 """
 
 import argparse
+import itertools
 import os
+import random
 import re
 import sys
 from pathlib import Path
+
+import numpy as np
+import soundfile
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
@@ -50,6 +58,26 @@ def commands(folder):
             yield "test" if place < 45 else "dev" if place < 55 else "train", path, match[1] or label, label, match[2]
 
 
+def strings(rows, folder):
+    """(split, path, text, "", speaker) of strings of a speaker's recordings, whose audio goes into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    by_speaker = {}
+    for split, path, text, _, speaker in rows:
+        by_speaker.setdefault((split, speaker), []).append((path, text))
+    for (split, speaker), recordings in sorted(by_speaker.items()):
+        count = itertools.count()
+        for _ in range(8 if split == "train" else 2):
+            left = draw.sample(recordings, len(recordings))
+            while left:
+                length = draw.randint(2, 5)
+                string, left = left[:length], left[length:]
+                audio, rates = zip(*(soundfile.read(path, dtype="int16") for path, _ in string))
+                path = folder / f"{speaker}-{next(count)}.flac"
+                soundfile.write(path, np.concatenate(audio), rates[0])
+                yield split, path, " ".join(text for _, text in string), "", speaker
+
+
 def write_tables(rows, folder):
     """Write the rows into a table for each split, and say how many there are, of how many speakers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,9 +97,10 @@ def main():
     parser.add_argument("folder", type=Path, help="of the corpus")
     parser.add_argument("tables", type=Path, help="the folder to write into")
     parser.add_argument("--test", default="lucas", metavar="NAMES", help="test speakers of digits, joined by commas")
+    parser.add_argument("--strings", action="store_true", help="of commands: strings of a speaker's words")
     options = parser.parse_args()
     rows = digits(options.folder, options.test.split(",")) if options.corpus == "digits" else commands(options.folder)
-    write_tables(rows, options.tables)
+    write_tables(strings(rows, options.tables / "audio") if options.strings else rows, options.tables)
 
 
 if __name__ == "__main__":

@@ -531,7 +531,13 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
     assert {u.speaker for u in found.test} == {"0000002c"} and {u.speaker for u in found.train} == {"00000037"}
     assert {u.speaker for u in found.dev} == {"0000002d", "00000036"}
     assert {(u.text, u.intent) for u in found.dev} == {("YES", "yes"), ("TREE", "unknown")}
-    command[2], command[3] = "digits", tmp_path / "commands"
+    command[4:] = [tmp_path / "strings", "--strings"]
+    subprocess.run(command, check=True, capture_output=True)
+    found = open_corpus(tmp_path / "strings", "asr")
+    assert [sorted(u.text.split()) for u in found.test] == [["TREE", "YES"]] * 2
+    assert len(found.train) == 8 and {u.speaker for u in found.train} == {"00000037"}
+    assert [u.seconds for u in found.test] == [1, 1]  # two words of half a second
+    command[2:] = ["digits", tmp_path / "commands", tmp_path / "wrong"]
     wrong = subprocess.run(command, check=False, capture_output=True, text=True)
     assert wrong.returncode and len(wrong.stderr.splitlines()) == 1
 

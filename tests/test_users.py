@@ -17,7 +17,8 @@ from test_script import FAST, report_of, run
 import data
 import sslprune
 import transformer
-from flops import UserError
+from flops import SAMPLES, Shape, UserError, cost
+from gates import METHODS
 
 
 def test_the_run_is_watched(small, capsys, tmp_path):
@@ -47,6 +48,11 @@ def test_the_run_is_watched(small, capsys, tmp_path):
     assert entries[1]["dev"] == report["metrics"]["dense"]["dev"]["word_error_rate"]
     assert entries[-1]["dev"] == report["metric"]["dev"]
     assert entries[5]["expected"] == report["expected"]
+    counts = {(kind, i): n for kind, row in report["expected_counts"].items() for i, n in enumerate(row)}
+    dense = Shape.from_dict(report["dense"]["shape"])
+    costs = [cost(shape, SAMPLES) for shape in (dense.with_counts(counts), dense)]
+    shares = [constraint.measure(costs[0]) / constraint.measure(costs[1]) for constraint in METHODS["sepsize"]]
+    assert shares == pytest.approx(report["expected"], abs=2e-3)
     assert entries[0]["expected"] == [1, 1]
     assert entries[6]["expected"] == entries[8]["expected"] == report["kept"]  # right after slicing
     assert re.search(
