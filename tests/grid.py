@@ -15,20 +15,21 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+from flops import UserError  # noqa: E402
 
-# What all points of a task have in common. Lengths and learning rates were chosen on dev; see README.
+# Of all points of a task, of the pruned ones, and of the dense reference, which makes as many updates: chosen on dev.
 FLAGS = {
-    "asr": "--checkpoint tests/recogniser.pt --batch-seconds 10 --dense-updates 0 --evaluate-updates 0",
-    "slu": "--checkpoint tests/pretrained --batch-seconds 10 --dense-updates 0 --evaluate-updates 0",
+    "asr": "--checkpoint tests/recogniser.pt --batch-seconds 10 --evaluate-updates 0 --dense-updates 0",
+    "slu": "--checkpoint tests/pretrained --batch-seconds 10 --evaluate-updates 0 --dense-updates 0"
+    " --prune-updates 1200 --finetune-updates 800 --dtype bfloat16",
 }
-PRUNED = {"asr": "", "slu": ""}
-DENSE = {"asr": "", "slu": ""}  # the reference: as many updates
+PRUNED = {"asr": "", "slu": "--prune-lr 1e-3 --finetune-lr 1e-3"}
+DENSE = {"asr": "", "slu": "--prune-lr 5e-4 --finetune-lr 5e-4"}
 POINTS = {  # (methods, budgets, seeds), by importance; budget 1 is the dense reference
     "asr": [
         ("mac", (1.0, 0.7, 0.5), 3),
@@ -78,18 +79,15 @@ def errors_by_speaker(task, rows, speakers):
 
 
 def run_point(task, corpus, point, out, speakers):
-    """Run a point, or go on with it, and return its result."""
+    """Run a point, or go on with it, and return its result, or None where that failed."""
     method, budget, seed = point
     flags = f"{FLAGS[task]} {PRUNED[task] if budget < 1 else DENSE[task]}"
     command = [sys.executable, "sslprune.py", "--task", task, "--data", str(corpus), "--out", str(out), "--resume"]
     command += ["--method", method, "--budget", f"{budget:g}", "--seed", str(seed), *flags.split()]
-    log = out.with_suffix(".log")
-    with open(log, "w") as file:
-        code = subprocess.run(
-            command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-        ).returncode
-    if code:
-        raise RuntimeError(f"{out.name}: exit status {code}; the end of {log} says why")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(f"{out}.log", "w") as log:
+        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode:
+            return None
     report = json.loads((out / "report.json").read_text())
     rows = [line.split("\t") for line in (out / "test.tsv").read_text().splitlines()[1:]]
     return {
@@ -100,16 +98,6 @@ def run_point(task, corpus, point, out, speakers):
         "dev": report["metrics"]["pruned"]["dev"],
         "speakers": errors_by_speaker(task, rows, speakers),
     }
-
-
-def write_results(path, results):
-    """Replace the file of results in one step, its lines in a fixed order."""
-    order = {(task, name_of(*point)): i for task in POINTS for i, point in enumerate(points_of(task))}
-    results = sorted(results, key=lambda r: (r["task"], order.get((r["task"], r["name"]), len(order)), r["name"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(result) + "\n" for result in results))
-    new.replace(path)
 
 
 def read_results(path):
@@ -133,22 +121,30 @@ def main():
     done = {r["name"] for r in read_results(options.results) if r["task"] == options.task}
     wanted = [name for name in points if name not in done and name in (options.only or points)]
     corpus = options.corpus.resolve()
-    speakers = {u.name: u.speaker for u in data.open_corpus(corpus, options.task).test}
-    runs, lock = ROOT / "runs" / "grid" / options.task, threading.Lock()
+    try:
+        speakers = {u.name: u.speaker for u in data.open_corpus(corpus, options.task).test}
+    except UserError as error:
+        parser.exit(2, f"grid: {error}\n")
+    runs = ROOT / "runs" / "grid" / options.task
     runs.mkdir(parents=True, exist_ok=True)
 
     def run(name):
+        """Run a point and keep its result; returns whether it ended well."""
         result = run_point(options.task, corpus, points[name], runs / name, speakers)
-        with lock:
-            write_results(options.results, [*read_results(options.results), result])
-            dev = ", ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result["dev"].items())
-            print(f"{name}: dev {dev}; {result['macs']:.1%} of the MACs; {result['train_seconds']:.0f} s", flush=True)
+        if result is None:
+            print(f"{name}: has failed; the end of {runs / name}.log says why", file=sys.stderr, flush=True)
+            return False
+        with open(options.results, "a") as file:
+            file.write(json.dumps(result) + "\n")
+        dev = ", ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result["dev"].items())
+        print(f"{name}: dev {dev}; {result['macs']:.1%} of the MACs; {result['train_seconds']:.0f} s", flush=True)
+        return True
 
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for future in [pool.submit(run, name) for name in wanted]:
-            future.result()
-    print(f"{len(done | set(wanted))} of {len(points)} points are in {options.results}")
+        ended = list(pool.map(run, wanted))
+    print(f"{len(done) + sum(ended)} of {len(points)} points are in {options.results}")
+    return 0 if all(ended) else 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

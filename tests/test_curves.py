@@ -136,8 +136,12 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     points = curves.read(tmp_path / "results.jsonl")["slu"]
     assert set(points) == {("dense", 1.0), ("mac", 0.7)}
     assert points["mac", 0.7].macs <= 0.7
-    grid.main()
+    assert grid.main() == 0
     assert capsys.readouterr().out.startswith("2 of 2 points")
+    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (0.001, 0.9), 1)]})  # out of reach, which stops no other
+    assert grid.main() == 2
+    found = capsys.readouterr()
+    assert "mac-0.001-0: has failed; the end of" in found.err and "mac-0.9-0: dev" in found.out
 
 
 def test_the_readme_says_what_the_results_say(capsys, tmp_path, monkeypatch):
