@@ -22,14 +22,15 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from flops import UserError  # noqa: E402
 
-# Of all points of a task, of the pruned ones, and of the dense reference, which makes as many updates: chosen on dev.
+# Flags of all points of a task, of the pruned ones, and of the dense reference; README says how they were chosen on dev.
+COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --prune-updates 1200 --finetune-updates 800"
+COMMON += " --dtype bfloat16"
 FLAGS = {
-    "asr": "--checkpoint tests/recogniser.pt --batch-seconds 10 --evaluate-updates 0 --dense-updates 0",
-    "slu": "--checkpoint tests/pretrained --batch-seconds 10 --evaluate-updates 0 --dense-updates 0"
-    " --prune-updates 1200 --finetune-updates 800 --dtype bfloat16",
+    "asr": f"--checkpoint tests/recogniser.pt {COMMON}",
+    "slu": f"--checkpoint tests/pretrained {COMMON}",
 }
-PRUNED = {"asr": "", "slu": "--prune-lr 1e-3 --finetune-lr 1e-3"}
-DENSE = {"asr": "", "slu": "--prune-lr 5e-4 --finetune-lr 5e-4"}
+PRUNED = {"asr": "--prune-lr 1e-3 --finetune-lr 1e-3", "slu": "--prune-lr 1e-3 --finetune-lr 1e-3"}
+DENSE = {"asr": "--prune-lr 3e-4 --finetune-lr 3e-4", "slu": "--prune-lr 5e-4 --finetune-lr 5e-4"}
 POINTS = {  # (methods, budgets, seeds), by importance; budget 1 is the dense reference
     "asr": [
         ("mac", (1.0, 0.7, 0.5), 3),
