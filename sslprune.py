@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a process group, see `processes`
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -1038,12 +1039,12 @@ def stoppable():
 
 @contextlib.contextmanager
 def processes(device):
-    """A context in which this process is one of those that torchrun started, if it did."""
-    if dist.is_torchelastic_launched():
-        # Optimizers import this module, and its functions keep the group that is there at that time (a default value),
-        # whose threads then outlive destroy_process_group and abort the process as Python ends.
-        import torch.distributed.nn.functional
+    """A context in which this process is one of those that torchrun started, if it did.
 
+    Optimizers import torch.distributed.nn.functional, whose functions keep the group of that time as a default value.
+    Its threads then outlive destroy_process_group, and abort the process as Python ends; so it is imported before.
+    """
+    if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank():
             log.setLevel(logging.ERROR)

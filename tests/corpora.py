@@ -99,6 +99,8 @@ def main():
     parser.add_argument("--test", default="lucas", metavar="NAMES", help="test speakers of digits, joined by commas")
     parser.add_argument("--strings", action="store_true", help="of commands: strings of a speaker's words")
     options = parser.parse_args()
+    if options.strings and options.corpus != "commands":
+        parser.exit(2, "corpora: --strings is for commands\n")
     rows = digits(options.folder, options.test.split(",")) if options.corpus == "digits" else commands(options.folder)
     write_tables(strings(rows, options.tables / "audio") if options.strings else rows, options.tables)
 

@@ -1,84 +1,96 @@
 """What the experiment says: differences with intervals, the verdict on the paper's claim, and the figure.
 
-    .venv/bin/python tests/curves.py
+    .venv/bin/python tests/curves.py                          # the README's, from tests/results.jsonl
+    .venv/bin/python tests/curves.py runs/results.jsonl       # your own, from tests/grid.py
 
-reads tests/results.jsonl, which tests/grid.py wrote, prints the README's table and verdict (whole, between two comments
-in it), and draws tests/curve.svg. Nothing of the three is written by hand.
+prints the verdict and a table for each task, as they stand in the README, and draws curve.svg beside the results.
 
-A point is a method at a budget; its error is that of all its seeds together. The intervals are those of a bootstrap
-over test speakers (Bisani and Ney, ICASSP 2004): 10,000 times, as many speakers as there are are drawn with
-replacement, the same ones for both points of a difference, whose errors are counted again; 2.5 % of these differences
-are below the interval and 2.5 % above. What was decided before the test set was looked at: "more accurate" is an
-interval below 0, "no worse" one that stays under MARGIN of the dense model's error.
+A point is a method at a budget. Its errors are those of all its seeds, added up for each test speaker. The interval of
+a difference is a bootstrap over speakers (Bisani and Ney, ICASSP 2004): 10,000 times, as many speakers as there are are
+drawn with replacement, the same ones for both points, and the difference is counted again; the interval holds the
+middle 95 %. What was decided before the test set was looked at: "more accurate" is an interval below 0, and "no worse"
+one that ends under MARGIN of the dense model's error.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+import grid
 import numpy as np
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from flops import SMALL  # noqa: E402
+from grid import UserError
 
 MARGIN = 0.02  # of the dense model's error
 DRAWS = 10_000
 METHODS = {"dense": "#000000", "mac": "#0072b2", "transformer": "#d55e00", "size": "#009e73", "sepsize": "#cc79a7"}
 TASKS = {"asr": "word errors", "slu": "intents wrong"}
-TENTHS, HALVES = (0.9, 0.8, 0.7), (0.6, 0.5)  # "10 to 30 % less computation", "40 to 50 % less"
+LESS_10_TO_30, LESS_40_TO_50 = (0.9, 0.8, 0.7), (0.6, 0.5)  # the budgets of the paper's claim
 
 
 class Point:
     """The runs of a task, method and budget, which differ in their seeds."""
 
     def __init__(self, results):
-        self.results = results
+        self.results = sorted(results, key=lambda result: result["seed"])
         self.macs, self.params = (np.mean([r[cost] for r in results]) for cost in ("macs", "params"))
-        # (seeds, speakers, numbers): errors and of how many; for speech recognition, of characters after those of words
-        self.by_seed = np.array([[r["speakers"][name] for name in sorted(r["speakers"])] for r in results], float)
-        self.counts = self.by_seed.mean(0)
+        # {seed: (speakers, numbers)}: errors, of how many; in recognition, of characters after those of words
+        self.counts = {r["seed"]: np.array([r["speakers"][s] for s in sorted(r["speakers"])]) for r in self.results}
 
-    def error(self, which=0):
-        """Of words or intents (0), or of characters (1), a fraction."""
-        errors, total = self.counts[:, 2 * which : 2 * which + 2].sum(0)
-        return errors / total
+    def errors(self, which=0):
+        """Part of the words or intents (0), or of the characters (1), that is wrong, for each seed."""
+        sums = [counts.sum(0)[2 * which : 2 * which + 2] for counts in self.counts.values()]
+        return [wrong / total for wrong, total in sums]
 
-    def seed_errors(self):
-        return self.by_seed[:, :, 0].sum(1) / self.by_seed[:, :, 1].sum(1)
-
-    def dev_error(self):
-        dev = [next(iter(r["dev"].values())) for r in self.results]
-        return np.mean(dev if "word_error_rate" in self.results[0]["dev"] else np.subtract(1, dev))
-
-    def kept(self, kind):
-        """The share of a kind's units that gates were expected to keep when the pruning phase ended."""
-        return np.mean([sum(r["expected_counts"][kind]) for r in self.results]) / sum(getattr(SMALL, kind))
+    def dev(self):
+        """The same as errors, of the dev set, a mean."""
+        metrics = [result["dev"] for result in self.results]
+        return np.mean([m["word_error_rate"] if "word_error_rate" in m else 1 - m["intent_accuracy"] for m in metrics])
 
 
-def interval(point, other, which=0):
-    """Point's error less other's: (difference, lower, upper), the last two a 95 % interval over speakers."""
-    ours, theirs, total = point.counts[:, 2 * which], other.counts[:, 2 * which], point.counts[:, 2 * which + 1]
+def difference(point, other):
+    """Point's error less other's in the seeds that both have: (difference, lower, upper, how often it is below 0)."""
+    seeds = sorted(point.counts.keys() & other.counts.keys())
+    ours, theirs, total = (
+        np.array([p.counts[seed][:, column] for seed in seeds]) for p, column in ((point, 0), (other, 0), (other, 1))
+    )
+    lower_in = int(((ours - theirs).sum(1) < 0).sum())
+    change, total = (ours - theirs).sum(0), total.sum(0)
     speakers = len(total)
-    weights = np.random.RandomState(0).multinomial(speakers, [1 / speakers] * speakers, size=DRAWS)
-    differences = weights @ (ours - theirs) / (weights @ total)
-    return (ours - theirs).sum() / total.sum(), *np.percentile(differences, (2.5, 97.5))
+    draws = np.random.RandomState(0).multinomial(speakers, [1 / speakers] * speakers, size=DRAWS)
+    lower, upper = np.percentile(draws @ change / (draws @ total), (2.5, 97.5))
+    return change.sum() / total.sum(), lower, upper, f"{lower_in} of {len(seeds)}"
 
 
 def read(path):
-    """{task: {(method, budget): Point}} of the file of results."""
+    """{task: {(method, budget): Point}} of a file of results. Raises UserError."""
     groups, alike = {}, {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        result = json.loads(line)
-        of = {speaker: counts[1::2] for speaker, counts in result["speakers"].items()}
-        kind = (result["task"], result["budget"] < 1)
-        for known, value in ((kind, result["flags"]), (result["task"], (of, sum(result["updates"].values())))):
-            if alike.setdefault(known, value) != value:
-                raise SystemExit(f"{path}, line {number}: differs from an earlier line in flags, updates or test set")
-        point = result["method"] if result["budget"] < 1 else "dense", result["budget"]
-        groups.setdefault(result["task"], {}).setdefault(point, []).append(result)
-    return {task: {key: Point(found) for key, found in points.items()} for task, points in groups.items()}
+    for number, result in enumerate(grid.read_results(path), 1):
+        try:
+            task, budget, seed = result["task"], result["budget"], result["seed"]
+            method = result["method"] if budget < 1 else "dense"
+            test_set = {speaker: counts[1::2] for speaker, counts in result["speakers"].items()}
+            same = {task: (result["inputs"], test_set, result["updates"]), (task, method == "dense"): result["flags"]}
+            if method not in METHODS or task not in TASKS:
+                raise ValueError(f"no such method or task: {method}, {task}")
+            group = groups.setdefault(task, {}).setdefault((method, budget), {})
+            if seed in group or any(alike.setdefault(key, value) != value for key, value in same.items()):
+                raise UserError(
+                    f"{path}, line {number}: is the same point as an earlier line, or differs from one in checkpoint,"
+                    " corpus, flags or updates; remove one of them"
+                )
+            group[seed] = result
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}, line {number}: is no result of tests/grid.py ({error!r}); remove it") from error
+    for task, points in groups.items():
+        if ("dense", 1.0) not in points or len(points) == 1:
+            raise UserError(f"{path}: has no dense reference and pruned point of {task}; tests/grid.py runs them")
+    if not groups:
+        raise UserError(f"{path}: has no results; tests/grid.py makes them")
+    return {
+        task: {key: Point(list(seeds.values())) for key, seeds in groups[task].items()}
+        for task in TASKS
+        if task in groups
+    }
 
 
 # --- Words ---------------------------------------------------------------------------------------------------------
@@ -86,73 +98,77 @@ def read(path):
 
 def in_points(values):
     """A difference with its interval."""
-    difference, lower, upper = (100 * value for value in values)
-    return f"{difference:+.2f} [{lower:+.2f}, {upper:+.2f}]"
-
-
-def table(task, points):
-    """Markdown: a line for each point, by method and falling budget."""
-    dense = points["dense", 1.0]
-    characters = dense.counts.shape[1] > 2
-    test = "test (characters)" if characters else "test"
-    lines = [
-        f"| {task} | MACs | parameters | channels, heads, units | {TASKS[task]}, dev | {test} | each seed |"
-        " minus dense | minus `transformer` |",
-        "| --- |" + " ---: |" * 8,
-    ]
-    for (method, budget), p in sorted(points.items(), key=lambda item: (list(METHODS).index(item[0][0]), -item[0][1])):
-        cells = ["dense" if method == "dense" else f"`{method}` {budget:g}", f"{p.macs:.1%}", f"{p.params:.1%}"]
-        cells.append(
-            "" if method == "dense" else ", ".join(f"{p.kept(kind):.0%}" for kind in ("channels", "heads", "units"))
-        )
-        cells.append(f"{100 * p.dev_error():.2f}")
-        cells.append(f"{100 * p.error():.2f}" + (f" ({100 * p.error(1):.2f})" if characters else ""))
-        cells.append(", ".join(f"{100 * error:.1f}" for error in p.seed_errors()))
-        cells.append("" if method == "dense" else in_points(interval(p, dense)))
-        equal = points.get(("transformer", budget)) if method == "mac" else None
-        cells.append(in_points(interval(p, equal)) if equal else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values[:3]))
 
 
 def judged(values, margin):
-    """What an interval of a difference says, in words."""
-    _, lower, upper = values
-    return (
-        "more accurate" if upper < 0 else "no worse" if upper < margin else "worse" if lower > 0 else "not told apart"
-    )
+    """What the interval of a difference says, in words."""
+    _, lower, upper, _ = values
+    if upper < 0:
+        return "more accurate"
+    if upper < margin:
+        return "no worse" if lower <= 0 else "worse by less than the margin"
+    return "worse" if lower > 0 else "not told apart"
 
 
 def verdict(task, points):
     """Sentences on `mac` and on each part of the paper's claim, from the intervals alone."""
     dense = points["dense", 1.0]
-    margin = MARGIN * dense.error()
+    error, counts = np.mean(dense.errors()), dense.counts[min(dense.counts)]
     budgets = sorted((budget for method, budget in points if method == "mac"), reverse=True)
-    than_dense = {b: interval(points["mac", b], dense) for b in budgets}
+    than_dense = {b: difference(points["mac", b], dense) for b in budgets}
     than_other = {
-        b: interval(points["mac", b], points["transformer", b]) for b in budgets if ("transformer", b) in points
+        b: difference(points["mac", b], points["transformer", b]) for b in budgets if ("transformer", b) in points
     }
-    said = [{b: judged(v, margin) for b, v in values.items()} for values in (than_dense, than_other)]
+    words = {b: judged(values, MARGIN * error) for b, values in than_dense.items()}
+    words_other = {b: judged(values, 0) for b, values in than_other.items()}
 
     def spelt(values, words):
-        return "; ".join(f"at {b:g} {words[b]}, {in_points(v)}" for b, v in values.items()) or "no point"
+        each = [f"at {b:g} {words[b]}, {in_points(v)}, lower in {v[3]} seeds" for b, v in values.items()]
+        return "; ".join(each) or "not measured"
 
-    def shown(words, wanted, asked):
-        found = [f"{b:g}" for b, word in words.items() if b in asked and word in wanted]
-        return f"shown at {', '.join(found)}" if found else "not shown"
+    def shown(words, asked, wanted):
+        found = [f"{b:g}" for b in asked if words.get(b) in wanted]
+        each = ", ".join(f"{b:g} {words.get(b, 'not measured')}" for b in asked)
+        return f"{'shown at ' + ' and '.join(found) if found else 'not shown'} ({each})"
 
     sentences = [
-        f"`mac` against dense: {spelt(than_dense, said[0])}.",
-        f"`mac` against `transformer` at equal MACs: {spelt(than_other, said[1])}.",
-        f"More accurate than dense with 10 to 30 % less computation: {shown(said[0], {'more accurate'}, TENTHS)}.",
-        f"No worse than dense with 40 to 50 % less (by under {100 * margin:.2f} points, {MARGIN:.0%} of dense's error):"
-        f" {shown(said[0], {'more accurate', 'no worse'}, HALVES)}.",
-        f"More accurate than `transformer` at half of the MACs: {shown(said[1], {'more accurate'}, (0.5,))}.",
+        f"`mac` against dense: {spelt(than_dense, words)}.",
+        f"`mac` against `transformer` at equal MACs: {spelt(than_other, words_other)}.",
+        "More accurate than dense with 10 to 30 % less computation:"
+        f" {shown(words, LESS_10_TO_30, ('more accurate',))}.",
+        f"No worse than dense with 40 to 50 % less, by a margin of {100 * MARGIN * error:.2f} points:"
+        f" {shown(words, LESS_40_TO_50, ('more accurate', 'no worse', 'worse by less than the margin'))}.",
+        f"More accurate than `transformer` at half of the MACs: {shown(words_other, (0.5,), ('more accurate',))}.",
     ]
-    speakers, total = len(dense.counts), dense.counts[:, 1].sum()
-    head = f"{task.upper()}: {TASKS[task]} in % of {total:,.0f}, of {speakers} speakers never heard;"
-    head += f" the dense model makes {100 * dense.error():.2f}."
+    head = f"{task.upper()}: {TASKS[task]} in % of {counts[:, 1].sum():,}, by {len(counts)} speakers never heard;"
+    head += f" the dense model makes {100 * error:.2f}."
     return "\n".join([head, "", *(f"- {sentence}" for sentence in sentences)])
+
+
+def table(task, points):
+    """Markdown: a line for each point, by method and falling budget."""
+    dense = points["dense", 1.0]
+    test = "test (characters)" if task == "asr" else "test"
+    lines = [
+        f"| {task} | MACs | parameters | expected channels, heads, units | {TASKS[task]}, dev | {test} | each seed |"
+        " minus dense | minus `transformer` |",
+        "| --- |" + " ---: |" * 8,
+    ]
+    for (method, budget), p in sorted(points.items(), key=lambda item: (list(METHODS).index(item[0][0]), -item[0][1])):
+        cells = ["dense" if method == "dense" else f"`{method}` {budget:g}", f"{p.macs:.1%}", f"{p.params:.1%}", ""]
+        cells[0] += "" if all(r["converged"] for r in p.results) else " (not converged)"
+        if method != "dense":
+            kept = [np.mean([r["expected"][kind] for r in p.results]) for kind in ("channels", "heads", "units")]
+            cells[-1] = ", ".join(f"{share:.0%}" for share in kept)
+        errors = [100 * np.mean(p.errors(which)) for which in range(2 if task == "asr" else 1)]
+        cells += [f"{100 * p.dev():.2f}", f"{errors[0]:.2f}" + "".join(f" ({e:.2f})" for e in errors[1:])]
+        cells.append(", ".join(f"{100 * error:.1f}" for error in p.errors()))
+        cells.append("" if method == "dense" else in_points(difference(p, dense)))
+        equal = points.get(("transformer", budget)) if method == "mac" else None
+        cells.append(in_points(difference(p, equal)) if equal else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # --- The figure ----------------------------------------------------------------------------------------------------
@@ -160,12 +176,9 @@ def verdict(task, points):
 
 def panel(task, points, left):
     """SVG elements: error on test over MACs kept, with the interval of its difference from dense about each point."""
-    dense = points["dense", 1.0]
-    spans = {
-        key: (dense.error(),) * 2 if key[0] == "dense" else [dense.error() + v for v in interval(p, dense)[1:]]
-        for key, p in points.items()
-    }
-    low, high = min(lower for lower, _ in spans.values()), max(upper for _, upper in spans.values())
+    reference = np.mean(points["dense", 1.0].errors())
+    spans = {k: [reference + v for v in difference(p, points["dense", 1.0])[:3]] for k, p in points.items()}
+    low, high = min(span[1] for span in spans.values()), max(span[2] for span in spans.values())
     low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
     fewest = min(p.macs for p in points.values()) - 0.03
 
@@ -175,35 +188,30 @@ def panel(task, points, left):
     def y(error):
         return 40 + 260 * (high - error) / (high - low)
 
-    body = [
-        f'<text x="{left + 190}" y="22" text-anchor="middle">{task.upper()}: {TASKS[task]} on test, %</text>',
+    step = next(s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8)
+    body = []
+    for tick in np.arange(np.ceil(low / step), high / step) * step:
+        body.append(f'<path d="M{left} {y(tick):.1f}h380" stroke="#ddd"/>')
+        body.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.3g}</text>')
+    for tick in range(10, 101, 10):
+        if tick >= 100 * fewest:
+            body.append(f'<text x="{x(tick / 100):.1f}" y="316" text-anchor="middle">{tick}</text>')
+    body += [
         f'<rect x="{left}" y="40" width="380" height="260" fill="none" stroke="#888"/>',
-        f'<path d="M{left} {y(dense.error()):.1f}h380" stroke="#000" stroke-dasharray="4 3"/>',
+        f'<path d="M{left} {y(reference):.1f}h380" stroke="#000" stroke-dasharray="4 3"/>',
+        f'<text x="{left + 190}" y="22" text-anchor="middle">{task.upper()}: {TASKS[task]} on test, %</text>',
         f'<text x="{left + 190}" y="336" text-anchor="middle">MACs kept, %</text>',
     ]
-    body += [
-        f'<text x="{x(t / 100):.1f}" y="316" text-anchor="middle">{t}</text>'
-        for t in range(10, 101, 10)
-        if t >= 100 * fewest
-    ]
-    step = next(s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 1) if (high - low) / s <= 8)
-    for tick in np.arange(np.ceil(low / step), high / step) * step:
-        body.append(
-            f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:g}</text>'.replace("999999", "")
-        )
-        body.append(f'<path d="M{left} {y(tick):.1f}h380" stroke="#ddd"/>')
     for i, (method, colour) in enumerate(METHODS.items()):
-        keys = sorted((key for key in points if key[0] == method), key=lambda key: -points[key].macs)
-        at = {key: f"{x(points[key].macs):.1f},{y(points[key].error()):.1f}" for key in keys}
-        body += [
-            f'<circle cx="{a.split(",")[0]}" cy="{a.split(",")[1]}" r="3.5" fill="{colour}"/>' for a in at.values()
-        ]
-        body += [
-            f'<path d="M{a.split(",")[0]} {y(spans[k][0]):.1f}V{y(spans[k][1]):.1f}" stroke="{colour}"/>'
-            for k, a in at.items()
-        ]
-        body.append(f'<polyline points="{" ".join(at.values())}" fill="none" stroke="{colour}"/>')
-        if keys:
+        mine = sorted((points[key].macs, span) for key, span in spans.items() if key[0] == method)
+        places = [
+            (x(macs) + 3 * (i - 1), *map(y, span)) for macs, span in mine
+        ]  # beside each other where they are equal
+        body += [f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" stroke="{colour}"/>' for px, _, bottom, top in places]
+        body += [f'<circle cx="{px:.1f}" cy="{at:.1f}" r="3.5" fill="{colour}"/>' for px, at, _, _ in places]
+        line = " ".join(f"{px:.1f},{at:.1f}" for px, at, _, _ in places)
+        body.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
+        if mine:
             body.append(f'<text x="{left + 80 * i}" y="360" fill="{colour}">{method}</text>')
     return body
 
@@ -217,18 +225,21 @@ def figure(tasks):
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>", ""])
 
 
+def report(tasks):
+    """The verdicts and the tables, as Markdown."""
+    return "\n\n".join([verdict(*item) for item in tasks.items()] + [table(*item) for item in tasks.items()]) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results.jsonl")
-    parser.add_argument("--figure", type=Path, default=HERE / "curve.svg")
-    options = parser.parse_args()
-    tasks = read(options.results)
-    print(
-        "\n\n".join(
-            [verdict(task, points) for task, points in tasks.items()] + [table(*item) for item in tasks.items()]
-        )
-    )
-    options.figure.write_text(figure(tasks))
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("results.jsonl"))
+    results = parser.parse_args().results
+    try:
+        tasks = read(results)
+        results.with_name("curve.svg").write_text(figure(tasks))
+    except (UserError, OSError) as error:
+        parser.exit(2, f"curves: {error}\n")
+    print(report(tasks), end="")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,27 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import curves
 import grid
 import numpy as np
 import pytest
+from conftest import tiny
 from test_data import make_table
+
+import data
+import sslprune
+from flops import SMALL, UserError
+from gates import check_budget
 
 HERE = Path(__file__).parent
 
 
 def result(errors, method="mac", budget=0.5, seed=0, task="asr", words=10, **fields):
     """A line of results.jsonl: `errors` of each speaker, in as many words."""
+    rows = [[int(e), words, int(e), 4 * words] if task == "asr" else [int(e), words] for e in errors]
     return {
         "task": task,
         "name": f"{method}-{budget}-{seed}",
@@ -22,12 +31,14 @@ def result(errors, method="mac", budget=0.5, seed=0, task="asr", words=10, **fie
         "budget": budget,
         "seed": seed,
         "flags": "dense" if budget == 1 else "pruned",
+        "inputs": "0123abcd",
         "updates": {"dense": 0, "prune": 3, "finetune": 2},
+        "converged": True,
         "macs": budget,
         "params": budget,
-        "expected_counts": {"channels": [80, 80], "heads": [4], "units": [512]},
-        "dev": {"word_error_rate": 0.3},
-        "speakers": {f"s{i}": [int(e), words, int(e), 4 * words] for i, e in enumerate(errors)},
+        "expected": {"channels": 0.9, "heads": 0.25, "units": 0.5} if budget < 1 else None,
+        "dev": {"word_error_rate": 0.3} if task == "asr" else {"intent_accuracy": 0.8},
+        "speakers": {f"s{i}": row for i, row in enumerate(rows)},
         **fields,
     }
 
@@ -42,28 +53,33 @@ def test_an_interval_is_paired_by_speaker():
     """Speakers differ much, the two points by one word each: nothing is uncertain about the difference."""
     errors = np.arange(50)
     ours, theirs = curves.Point([result(errors, words=100)]), curves.Point([result(errors + 1, words=100)])
-    assert curves.interval(ours, theirs) == pytest.approx((-0.01, -0.01, -0.01))
-    assert curves.interval(ours, theirs, 1) == pytest.approx((-1 / 400,) * 3)
+    assert curves.difference(ours, theirs) == (*[pytest.approx(-0.01)] * 3, "1 of 1")
 
 
 def test_an_interval_is_as_wide_as_the_central_limit_says():
     draw = np.random.default_rng(0)
     ours, theirs = (curves.Point([result(draw.binomial(100, 0.2, 400), words=100)]) for _ in range(2))
-    difference, lower, upper = curves.interval(ours, theirs)
-    assert difference == pytest.approx(ours.error() - theirs.error())
-    width = 2 * 1.96 * np.sqrt(2 * 0.2 * 0.8 / 100 / 400)
-    assert upper - lower == pytest.approx(width, rel=0.1)
-    assert (upper + lower) / 2 == pytest.approx(difference, abs=0.1 * width)
+    difference, lower, upper, _ = curves.difference(ours, theirs)
+    assert difference == pytest.approx(ours.errors()[0] - theirs.errors()[0])
+    changes = (ours.counts[0] - theirs.counts[0])[:, 0] / 100  # of each speaker
+    width = 2 * 1.96 * changes.std() / np.sqrt(400)
+    assert upper - lower == pytest.approx(width, rel=0.03)
+    assert (upper + lower) / 2 == pytest.approx(difference, abs=0.03 * width)
 
 
-def test_long_speakers_weigh_more_and_seeds_are_pooled():
-    few, many = [1, 10, 1, 40], [30, 90, 30, 360]
-    first = result([], speakers={"a": few, "b": many})
-    second = result([], seed=1, speakers={"b": [40, 90, 40, 360], "a": [3, 10, 3, 40]})
-    point = curves.Point([first, second])
-    assert point.error() == pytest.approx((2 + 35) / 100)
-    assert point.seed_errors() == pytest.approx([0.31, 0.43])
-    assert point.error(1) == pytest.approx(37 / 400)
+def test_speakers_weigh_as_much_as_they_say():
+    """Two speakers of 10 and 90 words: a draw is one of them twice, or both."""
+    ours = curves.Point([result([], speakers={"a": [2, 10, 3, 40], "b": [9, 90, 9, 360]})])
+    theirs = curves.Point([result([], speakers={"b": [18, 90, 18, 360], "a": [0, 10, 0, 40]})])
+    assert curves.difference(ours, theirs)[:3] == pytest.approx(((2 - 9) / 100, -9 / 90, 2 / 10))
+    assert ours.errors(1) == pytest.approx([12 / 400])
+
+
+def test_only_common_seeds_are_compared():
+    ours = curves.Point([result([5, 5], seed=2), result([1, 1], seed=0)])
+    theirs = curves.Point([result([2, 2], seed=seed) for seed in (0, 1)])
+    assert ours.errors() == [0.1, 0.5]  # by seed
+    assert curves.difference(ours, theirs) == (*[pytest.approx(-0.1)] * 3, "1 of 1")
 
 
 def test_the_verdict_follows_from_the_intervals(tmp_path):
@@ -78,38 +94,84 @@ def test_the_verdict_follows_from_the_intervals(tmp_path):
         *seeds([-2] * 40, budget=0.9),
         *seeds(swinging, budget=0.8),
         *seeds([3] * 40, budget=0.7),
-        *seeds([0] * 40, budget=0.5),
+        *seeds([0] * 40, budget=0.6),
+        *seeds(np.resize([0, 0, 0, 0, 1], 40), budget=0.5),
+        *seeds(np.resize([0, 1], 40), budget=0.4),
+        *seeds([0] * 40, budget=0.6, method="transformer"),
         *seeds([1] * 40, budget=0.5, method="transformer"),
-        *seeds([1] * 40, budget=0.7, method="transformer"),
+        *seeds([1] * 40, budget=0.7, method="transformer", converged=False),
     ]
     (points,) = curves.read(written(tmp_path, lines)).values()
     said = curves.verdict("asr", points)
-    assert "4,000, of 40 speakers never heard; the dense model makes 20.00" in said
-    assert "at 0.9 more accurate, -2.00 [-2.00, -2.00]; at 0.8 not told apart, +0.00 [-" in said
-    assert "at 0.7 worse, +3.00 [+3.00, +3.00]; at 0.5 no worse, +0.00" in said
-    assert "10 to 30 % less computation: shown at 0.9." in said
-    assert "under 0.40 points, 2% of dense's error): shown at 0.5." in said
-    assert "equal MACs: at 0.7 worse, +2.00 [+2.00, +2.00]; at 0.5 more accurate, -1.00" in said
-    assert "More accurate than `transformer` at half of the MACs: shown at 0.5." in said
-    worse = [r for r in lines if r["budget"] != 0.9 and r["method"] == "mac"]
-    (points,) = curves.read(written(tmp_path, worse)).values()
+    assert "4,000, by 40 speakers never heard; the dense model makes 20.00" in said
+    assert "at 0.9 more accurate, -2.00 [-2.00, -2.00], lower in 2 of 2 seeds; at 0.8 not told apart, +0.00 [-" in said
+    assert "at 0.7 worse, +3.00 [+3.00, +3.00], lower in 0 of 2 seeds; at 0.6 no worse, +0.00 [" in said
+    assert "at 0.5 worse by less than the margin, +0.20 [+0." in said
+    assert "at 0.4 worse, +0.50 [+0.3" in said
+    assert "computation: shown at 0.9 (0.9 more accurate, 0.8 not told apart, 0.7 worse)." in said
+    assert "of 0.40 points: shown at 0.6 and 0.5 (0.6 no worse, 0.5 worse by less than the margin)." in said
+    assert "equal MACs: at 0.7 worse, +2.00 [+2.00, +2.00], lower in 0 of 2 seeds; at 0.6 not told apart, +0.00" in said
+    assert "half of the MACs: shown at 0.5 (0.5 more accurate)." in said
+    few = [r for r in lines if r["budget"] in (1, 0.7) and r["method"] == "mac"]
+    (points,) = curves.read(written(tmp_path, few)).values()
     said = curves.verdict("asr", points)
-    assert "30 % less computation: not shown." in said and "half of the MACs: not shown." in said
-    rows = curves.table("asr", points).splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["dense", "`mac` 0.8", "`mac` 0.7", "`mac` 0.5"]
-    assert len({row.count("|") for row in rows}) == 1
-    assert curves.figure({"asr": points, "slu": points}).count("<circle") == 2 * 4
+    assert "computation: not shown (0.9 not measured, 0.8 not measured, 0.7 worse)." in said
+    assert "equal MACs: not measured." in said
+
+
+def test_the_tables_say_what_was_measured(tmp_path):
+    lines = [
+        result([1, 3], budget=1.0, task="slu"),
+        result([3, 3], budget=0.7, task="slu", converged=False),
+        result([2, 3], budget=0.7, task="slu", method="transformer"),
+        result([1, 3], budget=1.0),
+        result([2, 2], budget=0.5),
+    ]
+    tasks = curves.read(written(tmp_path, lines))
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in curves.table("slu", tasks["slu"]).splitlines()]
+    assert {len(row) for row in rows} == {9}
+    assert rows[2] == ["dense", "100.0%", "100.0%", "", "20.00", "20.00", "20.0", "", ""]
+    assert rows[3][:7] == ["`mac` 0.7 (not converged)", "70.0%", "70.0%", "90%, 25%, 50%", "20.00", "30.00", "30.0"]
+    assert rows[3][7:] == ["+10.00 [+0.00, +20.00]", "+5.00 [+0.00, +10.00]"]
+    assert rows[4][0] == "`transformer` 0.7" and rows[4][8] == ""
+    assert "| 30.00 | 20.00 (5.00) | 20.0 |" in curves.table("asr", tasks["asr"])
+    assert "intents wrong in % of 20, by 2 speakers" in curves.report(tasks)
+    drawn = ElementTree.fromstring(curves.figure(tasks))
+    assert len(drawn.findall("{*}circle")) == 5
+    assert all("nan" not in value for element in drawn.iter() for value in element.attrib.values())
 
 
 @pytest.mark.parametrize(
-    "change", [{"flags": "others"}, {"updates": {"prune": 9}}, {"speakers": {"s0": [1, 9, 1, 36]}}]
+    "change",
+    [{"flags": "x"}, {"inputs": "x"}, {"updates": {"prune": 9}}, {"speakers": {"s0": [1, 9, 1, 36]}}, {"budget": 0.7}],
 )
 def test_points_that_make_no_common_curve_are_refused(tmp_path, change):
     lines = [result([1, 2], budget=budget) for budget in (1.0, 0.7, 0.5)]
     assert len(curves.read(written(tmp_path, lines))["asr"]) == 3
     lines[2] |= change
-    with pytest.raises(SystemExit, match="line 3: differs from an earlier line"):
+    with pytest.raises(UserError, match="line 3: is the same point as an earlier line, or differs from one"):
         curves.read(written(tmp_path, lines))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"task": "asr"',
+        "7",
+        json.dumps(result([1])),
+        json.dumps(result([1], budget=1)),
+        json.dumps(result([1], task="x")),
+    ],
+)
+def test_what_are_no_results_ends_in_one_line(tmp_path, monkeypatch, capsys, text):
+    path = tmp_path / "results.jsonl"
+    path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["curves.py", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        curves.main()
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_a_grid_gathers_the_errors_of_each_speaker():
@@ -119,33 +181,78 @@ def test_a_grid_gathers_the_errors_of_each_speaker():
     assert grid.errors_by_speaker("slu", rows, speakers) == {"ann": [2, 2], "bob": [0, 1]}
 
 
+def test_a_grid_needs_enough_speakers_that_nobody_has_heard():
+    def corpus(*test, train=("ann",)):
+        subsets = {"train": train, "dev": ["bob"], "test": test}
+        return SimpleNamespace(
+            **{split: [data.Utterance(f"{s}1", "", 1.0, speaker=s) for s in subsets[split]] for split in subsets}
+        )
+
+    many = [f"s{i}" for i in range(20)]
+    assert grid.speakers_of(corpus(*many))["s71"] == "s7"
+    for wrong in (corpus(*many[1:]), corpus(*many, ""), corpus(*many, "bob"), corpus(*many, train=["s3"])):
+        with pytest.raises(UserError, match="intervals need 20 test speakers"):
+            grid.speakers_of(wrong)
+
+
+def test_every_point_of_the_grid_is_within_reach():
+    for task in grid.POINTS:
+        points = grid.points_of(task)
+        assert "dense-1-2" in points and "mac-0.5-2" in points
+        for method, budget, _ in points.values():
+            check_budget(SMALL, method, budget)
+    assert grid.DENSE["slu"] in grid.flags_of("slu", 1.0) and grid.PRUNED["slu"] in grid.flags_of("slu", 0.7)
+
+
+def make_corpus(root):
+    """Twenty test speakers that train and dev do not have."""
+    make_table(root, count=20)
+    for split, count in (("train", 12), ("dev", 12), ("test", 20)):
+        head, *rows = (root / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
+        rows = [rows[i].replace(f"speaker{i % 3}", f"{split}{i}") for i in range(count)]
+        (root / f"{split}.tsv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+    return root
+
+
 def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "ROOT", tmp_path)
-    (tmp_path / "sslprune.py").write_text(
-        f"import sys; sys.path[0] = {str(HERE.parent)!r}\nimport sslprune; sys.exit(sslprune.main())\n"
-    )
+    script = f"import sys; sys.path[0] = {str(HERE.parent)!r}\nimport sslprune; sys.exit(sslprune.main())\n"
+    (tmp_path / "sslprune.py").write_text(script)
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
+    monkeypatch.setattr(grid, "CHECKPOINT", {"slu": "tiny.pt"})
     flags = "--batch-seconds 5 --dense-updates 0 --prune-updates 2 --finetune-updates 1 --evaluate-updates 0"
-    monkeypatch.setattr(grid, "FLAGS", {"slu": flags})
+    monkeypatch.setattr(grid, "COMMON", flags)
     monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.7), 1)]})
-    corpus = make_table(tmp_path / "corpus")
-    arguments = ["grid.py", "slu", str(corpus), "--results", str(tmp_path / "results.jsonl")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    grid.main()
-    printed = capsys.readouterr().out
-    assert "mac-0.7-0: dev intent accuracy" in printed and "2 of 2 points" in printed
-    points = curves.read(tmp_path / "results.jsonl")["slu"]
+    corpus, results = make_corpus(tmp_path / "corpus"), tmp_path / "new" / "results.jsonl"
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grid.py", "slu", str(corpus), "--results", str(results), *arguments])
+        try:
+            status = grid.main()
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    assert run("--only", "mac-0.5-0")[::2] == (2, "grid: mac-0.5-0: no such point; there are dense-1-0, mac-0.7-0\n")
+    status, printed, _ = run("--jobs", "2")
+    assert status == 0 and "mac-0.7-0: dev intent accuracy" in printed and "2 of 2 points" in printed
+    points = curves.read(results)["slu"]
     assert set(points) == {("dense", 1.0), ("mac", 0.7)}
-    assert points["mac", 0.7].macs <= 0.7
-    assert grid.main() == 0
-    assert capsys.readouterr().out.startswith("2 of 2 points")
-    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (0.001, 0.9), 1)]})  # out of reach, which stops no other
-    assert grid.main() == 2
-    found = capsys.readouterr()
-    assert "mac-0.001-0: has failed; the end of" in found.err and "mac-0.9-0: dev" in found.out
+    assert points["mac", 0.7].macs <= 0.7 and "--prune-lr 1e-3" in points["mac", 0.7].results[0]["flags"]
+    assert run()[:2] == (0, f"2 of 2 points are in {results}\n")
+    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.01, 0.9), 1)]})  # one is out of reach
+    status, printed, errors = run()
+    assert status == 2 and "mac-0.01-0: has failed; the end of" in errors
+    assert "mac-0.9-0: dev" in printed and f"2 of 3 points are in {results}" in printed
+    sslprune.save_model(sslprune.SpeechModel(tiny(seed=1), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
+    status, _, errors = run()
+    assert status == 2 and "has another checkpoint, corpus or flags; name another file" in errors
+    (corpus / "test.tsv").write_text((corpus / "train.tsv").read_text(encoding="utf-8"), encoding="utf-8")
+    status, _, errors = run()
+    assert status == 2 and "12, and 12 of them are in train or dev" in errors and errors.count("\n") == 1
 
 
-def test_the_readme_says_what_the_results_say(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["curves.py", "--figure", str(tmp_path / "curve.svg")])
-    curves.main()
-    assert capsys.readouterr().out in (HERE.parent / "README.md").read_text()
-    assert (tmp_path / "curve.svg").read_text() == (HERE / "curve.svg").read_text()
+def test_the_readme_says_what_the_results_say():
+    tasks = curves.read(HERE / "results.jsonl")
+    assert curves.report(tasks) in (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert curves.figure(tasks) == (HERE / "curve.svg").read_text(encoding="utf-8")
