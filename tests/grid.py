@@ -28,7 +28,7 @@ CHECKPOINT = {"asr": "tests/recogniser.pt", "slu": "tests/pretrained"}
 COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --prune-updates 1200 --finetune-updates 800"
 COMMON += " --dtype bfloat16"
 PRUNED = {"asr": "--prune-lr 3e-4 --finetune-lr 3e-4", "slu": "--prune-lr 1e-3 --finetune-lr 1e-3"}
-DENSE = {"asr": "--prune-lr 3e-4 --finetune-lr 3e-4", "slu": "--prune-lr 5e-4 --finetune-lr 5e-4"}
+DENSE = {"asr": "--prune-lr 1e-4 --finetune-lr 1e-4", "slu": "--prune-lr 5e-4 --finetune-lr 5e-4"}
 POINTS = {  # (method, budgets, seeds), by importance; budget 1 is the dense reference
     "asr": [
         ("mac", (1.0, 0.7, 0.5), 3),
