@@ -14,6 +14,7 @@ one that ends under MARGIN of the dense model's error.
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 import grid
@@ -48,17 +49,19 @@ class Point:
 
 
 def difference(point, other):
-    """Point's error less other's in the seeds that both have: (difference, lower, upper, how often it is below 0)."""
+    """Point's error less other's, in the seeds that both have: (difference, lower, upper, what single seeds say)."""
     seeds = sorted(point.counts.keys() & other.counts.keys())
     ours, theirs, total = (
         np.array([p.counts[seed][:, column] for seed in seeds]) for p, column in ((point, 0), (other, 0), (other, 1))
     )
-    lower_in = int(((ours - theirs).sum(1) < 0).sum())
+    by_seed = (ours - theirs).sum(1)
+    equal = f", equal in {(by_seed == 0).sum()}" if 0 in by_seed else ""
+    said = f"lower in {(by_seed < 0).sum()}{equal} of {len(seeds)} seeds"
     change, total = (ours - theirs).sum(0), total.sum(0)
     speakers = len(total)
     draws = np.random.RandomState(0).multinomial(speakers, [1 / speakers] * speakers, size=DRAWS)
     lower, upper = np.percentile(draws @ change / (draws @ total), (2.5, 97.5))
-    return change.sum() / total.sum(), lower, upper, f"{lower_in} of {len(seeds)}"
+    return change.sum() / total.sum(), lower, upper, said
 
 
 def read(path):
@@ -115,25 +118,31 @@ def verdict(task, points):
     """Sentences on `mac` and on each part of the paper's claim, from the intervals alone."""
     dense = points["dense", 1.0]
     error, counts = np.mean(dense.errors()), dense.counts[min(dense.counts)]
-    budgets = sorted((budget for method, budget in points if method == "mac"), reverse=True)
-    than_dense = {b: difference(points["mac", b], dense) for b in budgets}
-    than_other = {
-        b: difference(points["mac", b], points["transformer", b]) for b in budgets if ("transformer", b) in points
-    }
-    words = {b: judged(values, MARGIN * error) for b, values in than_dense.items()}
-    words_other = {b: judged(values, 0) for b, values in than_other.items()}
+    mac, transformer = (
+        {budget: p for (name, budget), p in sorted(points.items(), reverse=True) if name == method}
+        for method in ("mac", "transformer")
+    )
+    than_dense = {b: difference(p, dense) for b, p in mac.items()}
+    than_other = {b: difference(p, transformer[b]) for b, p in mac.items() if b in transformer}
+    other_than_dense = {b: difference(p, dense) for b, p in transformer.items()}
+    words, words_of_other = (
+        {b: judged(values, MARGIN * error) for b, values in found.items()} for found in (than_dense, other_than_dense)
+    )
+    words_other = {b: judged(values, 0) for b, values in than_other.items()}  # "no worse" is said of dense alone
 
     def spelt(values, words):
-        each = [f"at {b:g} {words[b]}, {in_points(v)}, lower in {v[3]} seeds" for b, v in values.items()]
+        each = [f"at {b:g} {words[b]}, {in_points(v)}, {v[3]}" for b, v in values.items()]
         return "; ".join(each) or "not measured"
 
     def shown(words, asked, wanted):
         found = [f"{b:g}" for b in asked if words.get(b) in wanted]
         each = ", ".join(f"{b:g} {words.get(b, 'not measured')}" for b in asked)
-        return f"{'shown at ' + ' and '.join(found) if found else 'not shown'} ({each})"
+        not_shown = "not shown" if set(asked) <= set(words) else "not shown so far"
+        return f"{'shown at ' + ' and '.join(found) if found else not_shown} ({each})"
 
     sentences = [
         f"`mac` against dense: {spelt(than_dense, words)}.",
+        f"`transformer` against dense: {spelt(other_than_dense, words_of_other)}.",
         f"`mac` against `transformer` at equal MACs: {spelt(than_other, words_other)}.",
         "More accurate than dense with 10 to 30 % less computation:"
         f" {shown(words, LESS_10_TO_30, ('more accurate',))}.",
@@ -141,9 +150,11 @@ def verdict(task, points):
         f" {shown(words, LESS_40_TO_50, ('more accurate', 'no worse', 'worse by less than the margin'))}.",
         f"More accurate than `transformer` at half of the MACs: {shown(words_other, (0.5,), ('more accurate',))}.",
     ]
-    head = f"{task.upper()}: {TASKS[task]} in % of {counts[:, 1].sum():,}, by {len(counts)} speakers never heard;"
+    head = f"{task.upper()}: {TASKS[task]} in % of {counts[:, 1].sum():,}, by {len(counts)} unheard speakers;"
     head += f" the dense model makes {100 * error:.2f}."
-    return "\n".join([head, "", *(f"- {sentence}" for sentence in sentences)])
+    return "\n".join(
+        [head, "", *(textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in sentences)]
+    )
 
 
 def table(task, points):

@@ -5,8 +5,9 @@
     .venv/bin/python tests/grid.py slu tables/commands --results runs/results.jsonl --only mac-0.5-0   # one point
 
 A point is a method, a budget and a seed: a run of sslprune.py on one thread of the CPU, in runs/grid, with the flags
-below. Points that --results holds are not run again, and an interrupted one goes on; the most important come first. A
-result is a line: what the report says, and the errors of each test speaker, from which tests/curves.py makes intervals.
+below. Points that --results holds are not run again (another checkpoint, corpus or flags need another file), and an
+interrupted one goes on; the most important come first. A result is a line: what the report says, and the errors of each
+test speaker, from which tests/curves.py makes intervals.
 """
 
 import argparse
@@ -43,7 +44,7 @@ POINTS = {  # (method, budgets, seeds), by importance; budget 1 is the dense ref
         ("mac", (1.0, 0.7, 0.5), 3),
         ("transformer", (0.5, 0.7), 3),
         ("mac", (0.9, 0.3), 3),
-        ("transformer", (0.9, 0.4), 3),  # its floor is 0.352
+        ("transformer", (0.9, 0.4), 3),  # which cannot go below 0.352
     ],
 }
 FEWEST_SPEAKERS = 20  # of test, for intervals over them
@@ -121,13 +122,13 @@ def run_point(task, folder, point, out, speakers):
             return None
     report = json.loads((out / "report.json").read_text())
     rows = [line.split("\t") for line in (out / "test.tsv").read_text().splitlines()[1:]]
-    expected, dense = report["expected_counts"], report["dense"]["shape"]
+    counts, dense = report["expected_counts"] or {}, report["dense"]["shape"]
     return {
         "name": out.name,
         "flags": flags_of(task, budget),
         **{field: report[field] for field in ("task", "method", "budget", "seed", "converged", "updates")},
         **{cost: report["pruned"][cost] / report["dense"][cost] for cost in ("macs", "params")},
-        "expected": expected and {kind: sum(counts) / sum(dense[kind]) for kind, counts in expected.items()},
+        "expected": {kind: sum(counts[kind]) / sum(dense[kind]) for kind in counts},
         "dev": report["metrics"]["pruned"]["dev"],
         "seconds": report["train_seconds"],
         "speakers": errors_by_speaker(task, rows, speakers),
