@@ -460,8 +460,8 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
             )
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
     known = set(re.findall(flags, run(capsys, "--help")[1])) | {
-        *"--seconds --nproc-per-node --quick --engines".split()
-    }  # of flops.py, torchrun and bench.py
+        *"--seconds --nproc-per-node --quick --engines --strings --results --only --jobs".split()
+    }  # of flops.py, torchrun, and the scripts in tests
     assert set(re.findall(flags, readme)) <= known
 
 
@@ -524,7 +524,10 @@ WRONG = {
     },
     "unreachable budget": (["--task", "asr", "--budget", "0.1", "--method", "transformer"], ["0.35", "--budget"]),
     "missing folder": (["--task", "asr", "--budget", "0.5", "--data", "nowhere"], ["nowhere"]),
-    "no known layout": (["--task", "asr", "--budget", "0.5", "--data", str(HERE)], ["LibriSpeech", "SLURP"]),
+    "no known layout": (
+        ["--task", "asr", "--budget", "0.5", "--data", str(HERE / "pretrained")],
+        ["LibriSpeech", "SLURP"],
+    ),
     "missing checkpoint": (["--task", "asr", "--budget", "0.5", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),
     "text as checkpoint": (["--task", "asr", "--budget", "0.5", "--checkpoint", MAIN], [MAIN]),
     "foreign model to predict": (["--predict", MAIN, "x.wav"], [MAIN]),
