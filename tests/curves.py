@@ -13,7 +13,6 @@ one that ends under MARGIN of the dense model's error.
 """
 
 import argparse
-import json
 import textwrap
 from pathlib import Path
 
@@ -50,17 +49,15 @@ class Point:
 
 def difference(point, other):
     """Point's error less other's, in the seeds that both have: (difference, lower, upper, what single seeds say)."""
-    seeds = sorted(point.counts.keys() & other.counts.keys())
-    ours, theirs, total = (
-        np.array([p.counts[seed][:, column] for seed in seeds]) for p, column in ((point, 0), (other, 0), (other, 1))
-    )
-    by_seed = (ours - theirs).sum(1)
+    seeds = point.counts.keys() & other.counts.keys()
+    changes = np.array([point.counts[seed][:, 0] - other.counts[seed][:, 0] for seed in seeds])  # (seeds, speakers)
+    total = sum(point.counts[seed][:, 1] for seed in seeds)
+    by_seed, change = changes.sum(1), changes.sum(0)
     equal = f", equal in {(by_seed == 0).sum()}" if 0 in by_seed else ""
-    said = f"lower in {(by_seed < 0).sum()}{equal} of {len(seeds)} seeds"
-    change, total = (ours - theirs).sum(0), total.sum(0)
     speakers = len(total)
     draws = np.random.RandomState(0).multinomial(speakers, [1 / speakers] * speakers, size=DRAWS)
     lower, upper = np.percentile(draws @ change / (draws @ total), (2.5, 97.5))
+    said = f"lower in {(by_seed < 0).sum()}{equal} of {len(seeds)} seeds"
     return change.sum() / total.sum(), lower, upper, said
 
 
@@ -114,47 +111,54 @@ def judged(values, margin):
     return "worse" if lower > 0 else "not told apart"
 
 
+def compared(points, others, margin):
+    """{budget: (difference, what it says in words)} of points at the budgets that both have."""
+    differences = {budget: difference(p, others[budget]) for budget, p in points.items() if budget in others}
+    return {budget: (values, judged(values, margin)) for budget, values in differences.items()}
+
+
+def spelt(found):
+    """All that was compared, in words."""
+    each = [f"at {budget:g} {word}, {in_points(values)}, {values[3]}" for budget, (values, word) in found.items()]
+    return "; ".join(each) or "not measured"
+
+
+def shown(found, budgets, *wanted):
+    """At which of these budgets a part of the claim is shown, in words."""
+    words = {budget: found[budget][1] if budget in found else "not measured" for budget in budgets}
+    where = " and ".join(f"{budget:g}" for budget, word in words.items() if word in wanted)
+    so_far = " so far" if "not measured" in words.values() else ""
+    each = ", ".join(f"{budget:g} {word}" for budget, word in words.items())
+    return f"{f'shown at {where}' if where else f'not shown{so_far}'} ({each})"
+
+
 def verdict(task, points):
     """Sentences on `mac` and on each part of the paper's claim, from the intervals alone."""
     dense = points["dense", 1.0]
     error, counts = np.mean(dense.errors()), dense.counts[min(dense.counts)]
+    margin = MARGIN * error
     mac, transformer = (
         {budget: p for (name, budget), p in sorted(points.items(), reverse=True) if name == method}
         for method in ("mac", "transformer")
     )
-    than_dense = {b: difference(p, dense) for b, p in mac.items()}
-    than_other = {b: difference(p, transformer[b]) for b, p in mac.items() if b in transformer}
-    other_than_dense = {b: difference(p, dense) for b, p in transformer.items()}
-    words, words_of_other = (
-        {b: judged(values, MARGIN * error) for b, values in found.items()} for found in (than_dense, other_than_dense)
+    mac_dense, transformer_dense = (
+        compared(found, dict.fromkeys(found, dense), margin) for found in (mac, transformer)
     )
-    words_other = {b: judged(values, 0) for b, values in than_other.items()}  # "no worse" is said of dense alone
-
-    def spelt(values, words):
-        each = [f"at {b:g} {words[b]}, {in_points(v)}, {v[3]}" for b, v in values.items()]
-        return "; ".join(each) or "not measured"
-
-    def shown(words, asked, wanted):
-        found = [f"{b:g}" for b in asked if words.get(b) in wanted]
-        each = ", ".join(f"{b:g} {words.get(b, 'not measured')}" for b in asked)
-        not_shown = "not shown" if set(asked) <= set(words) else "not shown so far"
-        return f"{'shown at ' + ' and '.join(found) if found else not_shown} ({each})"
-
+    mac_transformer = compared(mac, transformer, 0)  # without a margin: "no worse" is said of dense alone
     sentences = [
-        f"`mac` against dense: {spelt(than_dense, words)}.",
-        f"`transformer` against dense: {spelt(other_than_dense, words_of_other)}.",
-        f"`mac` against `transformer` at equal MACs: {spelt(than_other, words_other)}.",
+        f"`mac` against dense: {spelt(mac_dense)}.",
+        f"`transformer` against dense: {spelt(transformer_dense)}.",
+        f"`mac` against `transformer` at equal MACs: {spelt(mac_transformer)}.",
         "More accurate than dense with 10 to 30 % less computation:"
-        f" {shown(words, LESS_10_TO_30, ('more accurate',))}.",
-        f"No worse than dense with 40 to 50 % less, by a margin of {100 * MARGIN * error:.2f} points:"
-        f" {shown(words, LESS_40_TO_50, ('more accurate', 'no worse', 'worse by less than the margin'))}.",
-        f"More accurate than `transformer` at half of the MACs: {shown(words_other, (0.5,), ('more accurate',))}.",
+        f" {shown(mac_dense, LESS_10_TO_30, 'more accurate')}.",
+        f"No worse than dense with 40 to 50 % less, by a margin of {100 * margin:.2f} points:"
+        f" {shown(mac_dense, LESS_40_TO_50, 'more accurate', 'no worse', 'worse by less than the margin')}.",
+        f"More accurate than `transformer` at half of the MACs: {shown(mac_transformer, (0.5,), 'more accurate')}.",
     ]
     head = f"{task.upper()}: {TASKS[task]} in % of {counts[:, 1].sum():,}, by {len(counts)} unheard speakers;"
     head += f" the dense model makes {100 * error:.2f}."
-    return "\n".join(
-        [head, "", *(textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in sentences)]
-    )
+    sentences = [textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in sentences]
+    return "\n".join([head, "", *sentences])
 
 
 def table(task, points):
@@ -185,6 +189,24 @@ def table(task, points):
 # --- The figure ----------------------------------------------------------------------------------------------------
 
 
+def axes(task, left, x, y, fewest, low, high):
+    """SVG elements: a frame, its ticks and titles. x, y: from MACs and errors to places; what follows: their ranges."""
+    step = next(s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8)
+    body = []
+    for tick in np.arange(np.ceil(low / step), high / step) * step:
+        body.append(f'<path d="M{left} {y(tick):.1f}h380" stroke="#ddd"/>')
+        body.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.3g}</text>')
+    for tick in range(10, 101, 10):
+        if tick >= 100 * fewest:
+            body.append(f'<text x="{x(tick / 100):.1f}" y="316" text-anchor="middle">{tick}</text>')
+    return [
+        *body,
+        f'<rect x="{left}" y="40" width="380" height="260" fill="none" stroke="#888"/>',
+        f'<text x="{left + 190}" y="22" text-anchor="middle">{task.upper()}: {TASKS[task]} on test, %</text>',
+        f'<text x="{left + 190}" y="336" text-anchor="middle">MACs kept, %</text>',
+    ]
+
+
 def panel(task, points, left):
     """SVG elements: error on test over MACs kept, with the interval of its difference from dense about each point."""
     reference = np.mean(points["dense", 1.0].errors())
@@ -199,25 +221,12 @@ def panel(task, points, left):
     def y(error):
         return 40 + 260 * (high - error) / (high - low)
 
-    step = next(s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8)
-    body = []
-    for tick in np.arange(np.ceil(low / step), high / step) * step:
-        body.append(f'<path d="M{left} {y(tick):.1f}h380" stroke="#ddd"/>')
-        body.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.3g}</text>')
-    for tick in range(10, 101, 10):
-        if tick >= 100 * fewest:
-            body.append(f'<text x="{x(tick / 100):.1f}" y="316" text-anchor="middle">{tick}</text>')
-    body += [
-        f'<rect x="{left}" y="40" width="380" height="260" fill="none" stroke="#888"/>',
-        f'<path d="M{left} {y(reference):.1f}h380" stroke="#000" stroke-dasharray="4 3"/>',
-        f'<text x="{left + 190}" y="22" text-anchor="middle">{task.upper()}: {TASKS[task]} on test, %</text>',
-        f'<text x="{left + 190}" y="336" text-anchor="middle">MACs kept, %</text>',
-    ]
+    body = axes(task, left, x, y, fewest, low, high)
+    body.append(f'<path d="M{left} {y(reference):.1f}h380" stroke="#000" stroke-dasharray="4 3"/>')
     for i, (method, colour) in enumerate(METHODS.items()):
         mine = sorted((points[key].macs, span) for key, span in spans.items() if key[0] == method)
-        places = [
-            (x(macs) + 3 * (i - 1), *map(y, span)) for macs, span in mine
-        ]  # beside each other where they are equal
+        beside = 3 * (i - 1)  # or equal MACs would lie on each other
+        places = [(x(macs) + beside, *map(y, span)) for macs, span in mine]
         body += [f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" stroke="{colour}"/>' for px, _, bottom, top in places]
         body += [f'<circle cx="{px:.1f}" cy="{at:.1f}" r="3.5" fill="{colour}"/>' for px, at, _, _ in places]
         line = " ".join(f"{px:.1f},{at:.1f}" for px, at, _, _ in places)

@@ -53,13 +53,11 @@ FEWEST_SPEAKERS = 20  # of test, for intervals over them
 def points_of(task):
     """{name: (method, budget, seed)} of all points, the most important first."""
     points = [(m, b, s) for m, budgets, seeds in POINTS[task] for b in budgets for s in range(seeds)]
-    return {
-        f"{method if budget < 1 else 'dense'}-{budget:g}-{seed}": (method, budget, seed)
-        for method, budget, seed in points
-    }
+    return {f"{m if b < 1 else 'dense'}-{b:g}-{s}": (m, b, s) for m, b, s in points}
 
 
 def flags_of(task, budget):
+    """The flags of a point that are not its own."""
     return f"--checkpoint {CHECKPOINT[task]} {COMMON} {PRUNED[task] if budget < 1 else DENSE[task]}"
 
 
@@ -102,20 +100,9 @@ def errors_by_speaker(task, rows, speakers):
 def run_point(task, folder, point, out, speakers):
     """Run a point, or go on with it, and return its result; None where that failed, and the log says why."""
     method, budget, seed = point
-    command = [
-        sys.executable,
-        "sslprune.py",
-        "--task",
-        task,
-        "--data",
-        folder,
-        "--out",
-        out,
-        "--resume",
-        "--device",
-        "cpu",
-    ]
-    command += ["--method", method, "--budget", f"{budget:g}", "--seed", str(seed), *flags_of(task, budget).split()]
+    flags = flags_of(task, budget)
+    own = f"--task {task} --method {method} --budget {budget:g} --seed {seed} --device cpu --resume {flags}"
+    command = [sys.executable, "sslprune.py", "--data", folder, "--out", out, *own.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "w") as log:
         if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode:
@@ -125,7 +112,7 @@ def run_point(task, folder, point, out, speakers):
     counts, dense = report["expected_counts"] or {}, report["dense"]["shape"]
     return {
         "name": out.name,
-        "flags": flags_of(task, budget),
+        "flags": flags,
         **{field: report[field] for field in ("task", "method", "budget", "seed", "converged", "updates")},
         **{cost: report["pruned"][cost] / report["dense"][cost] for cost in ("macs", "params")},
         "expected": {kind: sum(counts[kind]) / sum(dense[kind]) for kind in counts},
@@ -161,28 +148,26 @@ def main():
     unknown = set(options.only or ()) - set(points)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: no such point; there are {', '.join(points)}")
+    folder = options.corpus.resolve()
     try:
-        corpus = data.open_corpus(options.corpus.resolve(), options.task)
+        corpus = data.open_corpus(folder, options.task)
         speakers, inputs = speakers_of(corpus), fingerprint(options.task, corpus)
         runs = ROOT / "runs" / "grid" / f"{options.task}-{inputs}"
-        for folder in (runs, options.results.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        for parent in (runs, options.results.parent):
+            parent.mkdir(parents=True, exist_ok=True)
         results = [result for result in read_results(options.results) if result["task"] == options.task]
     except (UserError, OSError) as error:
         parser.error(error)
     for result in results:
-        ours = inputs, flags_of(options.task, result["budget"])
-        if (result["inputs"], result["flags"]) != ours:
-            parser.error(
-                f"{options.results}: {result['name']} has another checkpoint, corpus or flags; name another file"
-            )
+        if (result["inputs"], result["flags"]) != (inputs, flags_of(options.task, result["budget"])):
+            other = f"{options.results}: {result['name']} has another checkpoint, corpus or flags"
+            parser.error(f"{other}; name another file")
     done = {result["name"] for result in results}
     wanted = [name for name in points if name not in done and name in (options.only or points)]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        futures = {}
-        for name in wanted:
-            point = options.task, options.corpus.resolve(), points[name], runs / name, speakers
-            futures[pool.submit(run_point, *point)] = name
+        futures = {
+            pool.submit(run_point, options.task, folder, points[name], runs / name, speakers): name for name in wanted
+        }
         for future in concurrent.futures.as_completed(futures):
             name, result = futures[future], future.result()
             if result is None:
