@@ -3,7 +3,7 @@
     .venv/bin/python tests/curves.py                          # the README's, from tests/results.jsonl
     .venv/bin/python tests/curves.py runs/results.jsonl       # your own, from tests/grid.py
 
-prints the verdict and a table for each task, as they stand in the README, and draws curve.svg beside the results.
+prints the verdict and the table, as they stand in the README, and draws curve.svg beside the results.
 
 A point is a method at a budget. Its errors are those of all its seeds, added up for each test speaker. The interval of
 a difference is a bootstrap over speakers (Bisani and Ney, ICASSP 2004): 10,000 times, as many speakers as there are are
@@ -20,11 +20,13 @@ import grid
 import numpy as np
 from grid import UserError
 
+from gates import KINDS
+
 MARGIN = 0.02  # of the dense model's error
 DRAWS = 10_000
 METHODS = {"dense": "#000000", "mac": "#0072b2", "transformer": "#d55e00", "size": "#009e73", "sepsize": "#cc79a7"}
 TASKS = {"asr": "word errors", "slu": "intents wrong"}
-LESS_10_TO_30, LESS_40_TO_50 = (0.9, 0.8, 0.7), (0.6, 0.5)  # the budgets of the paper's claim
+LESS_10_TO_30, LESS_40_TO_50, EQUAL = (0.9, 0.8, 0.7), (0.6, 0.5), (0.9, 0.7, 0.5, 0.4)  # budgets of the paper's claim
 
 
 class Point:
@@ -48,17 +50,13 @@ class Point:
 
 
 def difference(point, other):
-    """Point's error less other's, in the seeds that both have: (difference, lower, upper, what single seeds say)."""
+    """Point's error less other's, in the seeds that both have, and its interval: (difference, lower, upper)."""
     seeds = point.counts.keys() & other.counts.keys()
-    changes = np.array([point.counts[seed][:, 0] - other.counts[seed][:, 0] for seed in seeds])  # (seeds, speakers)
+    change = sum(point.counts[seed][:, 0] - other.counts[seed][:, 0] for seed in seeds)  # of each speaker
     total = sum(point.counts[seed][:, 1] for seed in seeds)
-    by_seed, change = changes.sum(1), changes.sum(0)
-    equal = f", equal in {(by_seed == 0).sum()}" if 0 in by_seed else ""
-    speakers = len(total)
-    draws = np.random.RandomState(0).multinomial(speakers, [1 / speakers] * speakers, size=DRAWS)
+    draws = np.random.RandomState(0).multinomial(len(total), [1 / len(total)] * len(total), size=DRAWS)
     lower, upper = np.percentile(draws @ change / (draws @ total), (2.5, 97.5))
-    said = f"lower in {(by_seed < 0).sum()}{equal} of {len(seeds)} seeds"
-    return change.sum() / total.sum(), lower, upper, said
+    return change.sum() / total.sum(), lower, upper
 
 
 def read(path):
@@ -98,12 +96,12 @@ def read(path):
 
 def in_points(values):
     """A difference with its interval."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values[:3]))
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values))
 
 
 def judged(values, margin):
     """What the interval of a difference says, in words."""
-    _, lower, upper, _ = values
+    _, lower, upper = values
     if upper < 0:
         return "more accurate"
     if upper < margin:
@@ -111,78 +109,74 @@ def judged(values, margin):
     return "worse" if lower > 0 else "not told apart"
 
 
-def compared(points, others, margin):
-    """{budget: (difference, what it says in words)} of points at the budgets that both have."""
-    differences = {budget: difference(p, others[budget]) for budget, p in points.items() if budget in others}
-    return {budget: (values, judged(values, margin)) for budget, values in differences.items()}
-
-
-def spelt(found):
-    """All that was compared, in words."""
-    each = [f"at {budget:g} {word}, {in_points(values)}, {values[3]}" for budget, (values, word) in found.items()]
-    return "; ".join(each) or "not measured"
-
-
-def shown(found, budgets, *wanted):
-    """At which of these budgets a part of the claim is shown, in words."""
-    words = {budget: found[budget][1] if budget in found else "not measured" for budget in budgets}
+def shown(points, others, budgets, margin, *wanted):
+    """At which of these budgets a part of the claim is shown, in words. points, others: Points by budget."""
+    words = {
+        budget: judged(difference(points[budget], others[budget]), margin)
+        for budget in budgets
+        if budget in points and budget in others
+    }
     where = " and ".join(f"{budget:g}" for budget, word in words.items() if word in wanted)
-    so_far = " so far" if "not measured" in words.values() else ""
     each = ", ".join(f"{budget:g} {word}" for budget, word in words.items())
-    return f"{f'shown at {where}' if where else f'not shown{so_far}'} ({each})"
+    return f"{f'shown at {where}' if where else 'not shown'} ({each or 'not measured'})"
 
 
-def verdict(task, points):
-    """Sentences on `mac` and on each part of the paper's claim, from the intervals alone."""
-    dense = points["dense", 1.0]
-    error, counts = np.mean(dense.errors()), dense.counts[min(dense.counts)]
-    margin = MARGIN * error
-    mac, transformer = (
-        {budget: p for (name, budget), p in sorted(points.items(), reverse=True) if name == method}
-        for method in ("mac", "transformer")
-    )
-    mac_dense, transformer_dense = (
-        compared(found, dict.fromkeys(found, dense), margin) for found in (mac, transformer)
-    )
-    mac_transformer = compared(mac, transformer, 0)  # without a margin: "no worse" is said of dense alone
-    sentences = [
-        f"`mac` against dense: {spelt(mac_dense)}.",
-        f"`transformer` against dense: {spelt(transformer_dense)}.",
-        f"`mac` against `transformer` at equal MACs: {spelt(mac_transformer)}.",
-        "More accurate than dense with 10 to 30 % less computation:"
-        f" {shown(mac_dense, LESS_10_TO_30, 'more accurate')}.",
-        f"No worse than dense with 40 to 50 % less, by a margin of {100 * margin:.2f} points:"
-        f" {shown(mac_dense, LESS_40_TO_50, 'more accurate', 'no worse', 'worse by less than the margin')}.",
-        f"More accurate than `transformer` at half of the MACs: {shown(mac_transformer, (0.5,), 'more accurate')}.",
-    ]
-    head = f"{task.upper()}: {TASKS[task]} in % of {counts[:, 1].sum():,}, by {len(counts)} unheard speakers;"
-    head += f" the dense model makes {100 * error:.2f}."
-    sentences = [textwrap.fill(f"- {sentence}", 120, subsequent_indent="  ") for sentence in sentences]
-    return "\n".join([head, "", *sentences])
+def verdict(tasks):
+    """What is compared, and whether each part of the paper's claim is shown, from the intervals alone."""
+    heads, claims = [], {}
+    for task, points in tasks.items():
+        dense = points["dense", 1.0]
+        error, counts = np.mean(dense.errors()), dense.counts[min(dense.counts)]
+        mac, transformer = (
+            {budget: p for (name, budget), p in points.items() if name == method} for method in ("mac", "transformer")
+        )
+        heads.append(
+            f"{task.upper()}: {TASKS[task]} in % of {counts[:, 1].sum():,}, by {len(counts)} unheard speakers; the dense"
+            f' model makes {100 * error:.2f}, and the margin of "no worse" is {100 * MARGIN * error:.2f} points.'
+        )
+        everywhere = dict.fromkeys(mac, dense)
+        no_worse = "more accurate", "no worse", "worse by less than the margin"
+        found = {
+            "More accurate than dense with 10 to 30 % less computation": shown(
+                mac, everywhere, LESS_10_TO_30, MARGIN * error, "more accurate"
+            ),
+            "No worse than dense with 40 to 50 % less": shown(
+                mac, everywhere, LESS_40_TO_50, MARGIN * error, *no_worse
+            ),
+            "More accurate than `transformer` at equal MACs": shown(mac, transformer, EQUAL, 0, "more accurate"),
+        }
+        for claim, words in found.items():
+            claims.setdefault(claim, []).append(f"{task.upper()} {words}")
+    lines = heads + [f"{claim}: {'; '.join(said)}." for claim, said in claims.items()]
+    return "\n".join(textwrap.fill(f"- {line}", 120, subsequent_indent="  ") for line in lines)
 
 
-def table(task, points):
-    """Markdown: a line for each point, by method and falling budget."""
-    dense = points["dense", 1.0]
-    test = "test (characters)" if task == "asr" else "test"
+def table(tasks):
+    """Markdown: a line for each point, by task, method and falling budget."""
     lines = [
-        f"| {task} | MACs | parameters | expected channels, heads, units | {TASKS[task]}, dev | {test} | each seed |"
+        "| | MACs | parameters | expected channels, heads, units | wrong on dev | on test (characters) | each seed |"
         " minus dense | minus `transformer` |",
         "| --- |" + " ---: |" * 8,
     ]
-    for (method, budget), p in sorted(points.items(), key=lambda item: (list(METHODS).index(item[0][0]), -item[0][1])):
-        cells = ["dense" if method == "dense" else f"`{method}` {budget:g}", f"{p.macs:.1%}", f"{p.params:.1%}", ""]
-        cells[0] += "" if all(r["converged"] for r in p.results) else " (not converged)"
-        if method != "dense":
-            kept = [np.mean([r["expected"][kind] for r in p.results]) for kind in ("channels", "heads", "units")]
-            cells[-1] = ", ".join(f"{share:.0%}" for share in kept)
-        errors = [100 * np.mean(p.errors(which)) for which in range(2 if task == "asr" else 1)]
-        cells += [f"{100 * p.dev():.2f}", f"{errors[0]:.2f}" + "".join(f" ({e:.2f})" for e in errors[1:])]
-        cells.append(", ".join(f"{100 * error:.1f}" for error in p.errors()))
-        cells.append("" if method == "dense" else in_points(difference(p, dense)))
-        equal = points.get(("transformer", budget)) if method == "mac" else None
-        cells.append(in_points(difference(p, equal)) if equal else "")
-        lines.append(f"| {' | '.join(cells)} |")
+    for task, points in tasks.items():
+        for method, budget in sorted(points, key=lambda key: (list(METHODS).index(key[0]), -key[1])):
+            p, dense, equal = (points.get(key) for key in ((method, budget), ("dense", 1.0), ("transformer", budget)))
+            name = f"{task} {f'`{method}` {budget:g}' if p is not dense else method}"
+            name += "" if all(r["converged"] for r in p.results) else " (not converged)"
+            kept = [] if p is dense else [np.mean([r["expected"][kind] for r in p.results]) for kind in KINDS["mac"]]
+            errors = [f"{100 * np.mean(p.errors(which)):.2f}" for which in range(2 if task == "asr" else 1)]
+            cells = [
+                name,
+                f"{p.macs:.1%}",
+                f"{p.params:.1%}",
+                ", ".join(f"{share:.0%}" for share in kept),
+                f"{100 * p.dev():.2f}",
+                errors[0] + "".join(f" ({error})" for error in errors[1:]),
+                ", ".join(f"{100 * error:.1f}" for error in p.errors()),
+                "" if p is dense else in_points(difference(p, dense)),
+                in_points(difference(p, equal)) if method == "mac" and equal else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -210,7 +204,7 @@ def axes(task, left, x, y, fewest, low, high):
 def panel(task, points, left):
     """SVG elements: error on test over MACs kept, with the interval of its difference from dense about each point."""
     reference = np.mean(points["dense", 1.0].errors())
-    spans = {k: [reference + v for v in difference(p, points["dense", 1.0])[:3]] for k, p in points.items()}
+    spans = {k: [reference + v for v in difference(p, points["dense", 1.0])] for k, p in points.items()}
     low, high = min(span[1] for span in spans.values()), max(span[2] for span in spans.values())
     low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
     fewest = min(p.macs for p in points.values()) - 0.03
@@ -246,8 +240,8 @@ def figure(tasks):
 
 
 def report(tasks):
-    """The verdicts and the tables, as Markdown."""
-    return "\n\n".join([verdict(*item) for item in tasks.items()] + [table(*item) for item in tasks.items()]) + "\n"
+    """The verdict and the table, as Markdown."""
+    return f"{verdict(tasks)}\n\n{table(tasks)}\n"
 
 
 def main():

@@ -53,13 +53,13 @@ def test_an_interval_is_paired_by_speaker():
     """Speakers differ much, the two points by one word each: nothing is uncertain about the difference."""
     errors = np.arange(50)
     ours, theirs = curves.Point([result(errors, words=100)]), curves.Point([result(errors + 1, words=100)])
-    assert curves.difference(ours, theirs) == (*[pytest.approx(-0.01)] * 3, "lower in 1 of 1 seeds")
+    assert curves.difference(ours, theirs) == (pytest.approx(-0.01),) * 3
 
 
 def test_an_interval_is_as_wide_as_the_central_limit_says():
     draw = np.random.default_rng(0)
     ours, theirs = (curves.Point([result(draw.binomial(100, 0.2, 400), words=100)]) for _ in range(2))
-    difference, lower, upper, _ = curves.difference(ours, theirs)
+    difference, lower, upper = curves.difference(ours, theirs)
     assert difference == pytest.approx(ours.errors()[0] - theirs.errors()[0])
     changes = (ours.counts[0] - theirs.counts[0])[:, 0] / 100  # of each speaker
     width = 2 * 1.96 * changes.std() / np.sqrt(400)
@@ -71,7 +71,7 @@ def test_speakers_weigh_as_much_as_they_say():
     """Two speakers of 10 and 90 words: a draw is one of them twice, or both."""
     ours = curves.Point([result([], speakers={"a": [2, 10, 3, 40], "b": [9, 90, 9, 360]})])
     theirs = curves.Point([result([], speakers={"b": [18, 90, 18, 360], "a": [0, 10, 0, 40]})])
-    assert curves.difference(ours, theirs)[:3] == pytest.approx(((2 - 9) / 100, -9 / 90, 2 / 10))
+    assert curves.difference(ours, theirs) == pytest.approx(((2 - 9) / 100, -9 / 90, 2 / 10))
     assert ours.errors(1) == pytest.approx([12 / 400])
 
 
@@ -79,7 +79,7 @@ def test_only_common_seeds_are_compared():
     ours = curves.Point([result([5, 5], seed=2), result([1, 1], seed=0)])
     theirs = curves.Point([result([2, 2], seed=seed) for seed in (0, 1)])
     assert ours.errors() == [0.1, 0.5]  # by seed
-    assert curves.difference(ours, theirs) == (*[pytest.approx(-0.1)] * 3, "lower in 1 of 1 seeds")
+    assert curves.difference(ours, theirs) == (pytest.approx(-0.1),) * 3
 
 
 def test_the_verdict_follows_from_the_intervals(tmp_path):
@@ -97,31 +97,37 @@ def test_the_verdict_follows_from_the_intervals(tmp_path):
         *seeds([0] * 40, budget=0.6),
         *seeds(np.resize([0, 0, 0, 0, 1], 40), budget=0.5),
         *seeds(np.resize([0, 1], 40), budget=0.4),
-        *seeds([0] * 40, budget=0.6, method="transformer"),
+        *seeds(np.resize([0, 1], 40), budget=0.4, method="transformer"),
         *seeds([1] * 40, budget=0.5, method="transformer"),
         *seeds([1] * 40, budget=0.7, method="transformer", converged=False),
     ]
-    (points,) = curves.read(written(tmp_path, lines)).values()
-    said = " ".join(curves.verdict("asr", points).split())
-    assert "4,000, by 40 unheard speakers; the dense model makes 20.00" in said
-    assert "at 0.9 more accurate, -2.00 [-2.00, -2.00], lower in 2 of 2 seeds; at 0.8 not told apart, +0.00 [-" in said
-    assert (
-        "at 0.7 worse, +3.00 [+3.00, +3.00], lower in 0 of 2 seeds; at 0.6 no worse, +0.00 [+0.00, +0.00],"
-        " lower in 0, equal in 2 of 2 seeds" in said
-    )
-    assert "at 0.5 worse by less than the margin, +0.20 [+0." in said
-    assert "at 0.4 worse, +0.50 [+0.3" in said
-    assert "computation: shown at 0.9 (0.9 more accurate, 0.8 not told apart, 0.7 worse)." in said
-    assert "of 0.40 points: shown at 0.6 and 0.5 (0.6 no worse, 0.5 worse by less than the margin)." in said
-    assert "equal MACs: at 0.7 worse, +2.00 [+2.00, +2.00], lower in 0 of 2 seeds; at 0.6 not told apart, +0.00" in said
-    assert "half of the MACs: shown at 0.5 (0.5 more accurate)." in said
-    assert "`transformer` against dense: at 0.7 worse, +1.00 [+1.00, +1.00]" in said
+    said = " ".join(curves.verdict(curves.read(written(tmp_path, lines))).split())
+    assert "4,000, by 40 unheard speakers; the dense model makes 20.00, and the margin" in said
+    assert "is 0.40 points. - More" in said
+    assert "computation: ASR shown at 0.9 (0.9 more accurate, 0.8 not told apart, 0.7 worse). -" in said
+    assert "less: ASR shown at 0.6 and 0.5 (0.6 no worse, 0.5 worse by less than the margin). -" in said
+    assert "equal MACs: ASR shown at 0.5 (0.7 worse, 0.5 more accurate, 0.4 not told apart)." in said
     few = [r for r in lines if r["budget"] in (1, 0.7) and r["method"] == "mac"]
-    (points,) = curves.read(written(tmp_path, few)).values()
-    said = " ".join(curves.verdict("asr", points).split())
-    assert "`transformer` against dense: not measured." in said
-    assert "computation: not shown so far (0.9 not measured, 0.8 not measured, 0.7 worse)." in said
-    assert "equal MACs: not measured." in said
+    few += [result([1, 3], budget=budget, task="slu") for budget in (1.0, 0.5)]
+    said = " ".join(curves.verdict(curves.read(written(tmp_path, few))).split())
+    assert "computation: ASR not shown (0.7 worse); SLU not shown (not measured). -" in said
+    assert "less: ASR not shown (not measured); SLU shown at 0.5 (0.5 no worse). -" in said
+    assert "equal MACs: ASR not shown (not measured); SLU not shown (not measured)." in said
+
+
+@pytest.mark.parametrize(
+    "lower, upper, word",
+    [
+        (-2, -1, "more accurate"),
+        (-2, 0, "no worse"),
+        (-2, 0.9, "no worse"),
+        (0.1, 0.9, "worse by less than the margin"),
+        (-0.1, 1.1, "not told apart"),
+        (0.1, 1.1, "worse"),
+    ],
+)
+def test_an_interval_in_words(lower, upper, word):
+    assert curves.judged((0, lower, upper), 1) == word
 
 
 def test_the_tables_say_what_was_measured(tmp_path):
@@ -133,14 +139,14 @@ def test_the_tables_say_what_was_measured(tmp_path):
         result([2, 2], budget=0.5),
     ]
     tasks = curves.read(written(tmp_path, lines))
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in curves.table("slu", tasks["slu"]).splitlines()]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in curves.table(tasks).splitlines()]
     assert {len(row) for row in rows} == {9}
-    assert rows[2] == ["dense", "100.0%", "100.0%", "", "20.00", "20.00", "20.0", "", ""]
-    assert rows[3][:7] == ["`mac` 0.7 (not converged)", "70.0%", "70.0%", "90%, 25%, 50%", "20.00", "30.00", "30.0"]
-    assert rows[3][7:] == ["+10.00 [+0.00, +20.00]", "+5.00 [+0.00, +10.00]"]
-    assert rows[4][0] == "`transformer` 0.7" and rows[4][8] == ""
-    assert "| 30.00 | 20.00 (5.00) | 20.0 |" in curves.table("asr", tasks["asr"])
-    assert "intents wrong in % of 20, by 2 unheard speakers" in curves.report(tasks)
+    assert rows[2] == ["asr dense", "100.0%", "100.0%", "", "30.00", "20.00 (5.00)", "20.0", "", ""]
+    assert rows[4] == ["slu dense", "100.0%", "100.0%", "", "20.00", "20.00", "20.0", "", ""]
+    assert rows[5][:7] == ["slu `mac` 0.7 (not converged)", "70.0%", "70.0%", "90%, 25%, 50%", "20.00", "30.00", "30.0"]
+    assert rows[5][7:] == ["+10.00 [+0.00, +20.00]", "+5.00 [+0.00, +10.00]"]
+    assert rows[6][0] == "slu `transformer` 0.7" and rows[6][8] == ""
+    assert "SLU: intents wrong in % of 20, by 2 unheard speakers" in curves.report(tasks)
     drawn = ElementTree.fromstring(curves.figure(tasks))
     assert len(drawn.findall("{*}circle")) == 5
     assert all("nan" not in value for element in drawn.iter() for value in element.attrib.values())
