@@ -212,7 +212,7 @@ def test_every_point_of_the_grid_is_within_reach():
         assert "dense-1-2" in points and "mac-0.5-2" in points
         for method, budget, _ in points.values():
             check_budget(SMALL, method, budget)
-    assert grid.DENSE["slu"] in grid.flags_of("slu", 1.0) and grid.PRUNED["slu"] in grid.flags_of("slu", 0.7)
+    assert grid.DENSE["slu"] in grid.flags_of("slu", 1.0) and grid.FLAGS["slu"] in grid.flags_of("slu", 0.7)
 
 
 def make_corpus(root):
