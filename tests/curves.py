@@ -2,14 +2,15 @@
 
     .venv/bin/python tests/curves.py                          # the README's, from tests/results.jsonl
     .venv/bin/python tests/curves.py runs/results.jsonl       # your own, from tests/grid.py
+    .venv/bin/python tests/curves.py --draw-seeds             # intervals that are also over the seeds
 
 prints the verdict and the table, as they stand in the README, and draws curve.svg beside the results.
 
 A point is a method at a budget. Its errors are those of all its seeds, added up for each test speaker. The interval of
 a difference is a bootstrap over speakers (Bisani and Ney, ICASSP 2004): 10,000 times, as many speakers as there are are
 drawn with replacement, the same ones for both points, and the difference is counted again; the interval holds the
-middle 95 %. What was decided before the test set was looked at: "more accurate" is an interval below 0, and "no worse"
-one that ends under MARGIN of the dense model's error.
+middle 95 %. With --draw-seeds the seeds are drawn so, too. What the words of `judged` mean, and MARGIN, were fixed
+before the test set was looked at.
 """
 
 import argparse
@@ -26,8 +27,14 @@ MARGIN = 0.02  # of the dense model's error
 DRAWS = 10_000
 METHODS = {"dense": "#000000", "mac": "#0072b2", "transformer": "#d55e00", "size": "#009e73", "sepsize": "#cc79a7"}
 TASKS = {"asr": "word errors", "slu": "intents wrong"}
-LESS_10_TO_30, LESS_40_TO_50, EQUAL = (0.9, 0.8, 0.7), (0.6, 0.5), (0.9, 0.7, 0.5, 0.4)  # budgets of the claims
-NOT_WORSE = ("more accurate", "no worse", "worse by less than the margin")
+MORE_ACCURATE, NO_WORSE, LITTLE_WORSE = "more accurate", "no worse", "worse by less than the margin"
+SHOWS_BETTER, SHOWS_NO_WORSE = {MORE_ACCURATE}, {MORE_ACCURATE, NO_WORSE, LITTLE_WORSE}
+CLAIMS = [  # (the claim, what is compared with what, at which budgets, which words show it)
+    ("`mac` more accurate than dense with 10 to 30 % less", "mac", "dense", (0.9, 0.8, 0.7), SHOWS_BETTER),
+    ("`mac` no worse than dense with 40 to 50 % less", "mac", "dense", (0.6, 0.5), SHOWS_NO_WORSE),
+    ("`mac` more accurate than `transformer`", "mac", "transformer", (0.9, 0.7, 0.5, 0.4), SHOWS_BETTER),
+    ("`transformer` against dense, which is no claim", "transformer", "dense", (0.9, 0.7, 0.5, 0.4), None),
+]
 
 
 class Point:
@@ -50,45 +57,48 @@ class Point:
         return np.mean([m["word_error_rate"] if "word_error_rate" in m else 1 - m["intent_accuracy"] for m in metrics])
 
 
-def difference(point, other):
-    """Point's error less other's, in the seeds that both have, and its interval: (difference, lower, upper)."""
-    seeds = point.counts.keys() & other.counts.keys()
-    change = sum(point.counts[seed][:, 0] - other.counts[seed][:, 0] for seed in seeds)  # of each speaker
-    total = sum(point.counts[seed][:, 1] for seed in seeds)
-    draws = np.random.RandomState(0).multinomial(len(total), [1 / len(total)] * len(total), size=DRAWS)
-    lower, upper = np.percentile(draws @ change / (draws @ total), (2.5, 97.5))
-    return change.sum() / total.sum(), lower, upper
+def difference(point, other, draw_seeds=False):
+    """Point's error less other's, in the seeds that both have, and its interval: (difference, lower, upper).
+
+    None where one of them is None, or they have no seed in common.
+    """
+    seeds = point.counts.keys() & other.counts.keys() if point and other else None
+    if not seeds:
+        return None
+    changes = np.array([point.counts[seed][:, 0] - other.counts[seed][:, 0] for seed in seeds])  # (seeds, speakers)
+    total = point.counts[min(seeds)][:, 1]  # of a seed; every one has the same test set
+    random = np.random.RandomState(0)
+    speakers = random.multinomial(len(total), [1 / len(total)] * len(total), size=DRAWS)
+    draws = random.multinomial(len(seeds), [1 / len(seeds)] * len(seeds), size=DRAWS) if draw_seeds else 1
+    errors = (speakers @ changes.T * draws).sum(1)
+    lower, upper = np.percentile(errors / (speakers @ total * len(seeds)), (2.5, 97.5))
+    return changes.sum() / (total.sum() * len(seeds)), lower, upper
 
 
 def read(path):
     """{task: {(method, budget): Point}} of a file of results. Raises UserError."""
-    groups, alike = {}, {}
+    groups, alike = {task: {} for task in TASKS}, {}
     for number, result in enumerate(grid.read_results(path), 1):
-        try:
-            task, budget, seed = result["task"], result["budget"], result["seed"]
-            method = result["method"] if budget < 1 else "dense"
-            test_set = {speaker: counts[1::2] for speaker, counts in result["speakers"].items()}
-            same = {task: (result["inputs"], test_set, result["updates"]), (task, method == "dense"): result["flags"]}
-            if method not in METHODS or task not in TASKS:
-                raise ValueError(f"no such method or task: {method}, {task}")
-            group = groups.setdefault(task, {}).setdefault((method, budget), {})
-            if seed in group or any(alike.setdefault(key, value) != value for key, value in same.items()):
-                raise UserError(
-                    f"{path}, line {number}: is the same point as an earlier line, or differs from one in checkpoint,"
-                    " corpus, flags or updates; remove one of them"
-                )
-            group[seed] = result
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: is no result of tests/grid.py ({error!r}); remove it") from error
-    for task, points in groups.items():
-        if ("dense", 1.0) not in points or len(points) == 1:
-            raise UserError(f"{path}: has no dense reference and pruned point of {task}; tests/grid.py runs them")
-    if not groups:
+        task, budget, seed = result["task"], result["budget"], result["seed"]
+        method = result["method"] if budget < 1 else "dense"
+        test_set = {speaker: counts[1::2] for speaker, counts in result["speakers"].items()}
+        same = {task: (result["inputs"], test_set, result["updates"]), (task, method == "dense"): result["flags"]}
+        group = groups[task].setdefault((method, budget), {})
+        if seed in group or any(alike.setdefault(key, value) != value for key, value in same.items()):
+            raise UserError(
+                f"{path}, line {number}: is the same point as an earlier line, or differs from one in checkpoint,"
+                " corpus, flags or updates; remove one of them"
+            )
+        group[seed] = result
+    if not any(groups.values()):
         raise UserError(f"{path}: has no results; tests/grid.py makes them")
+    for task, points in groups.items():
+        if points and (("dense", 1.0) not in points or len(points) == 1):
+            raise UserError(f"{path}: has no dense reference and pruned point of {task}; tests/grid.py runs them")
     return {
-        task: {key: Point(list(seeds.values())) for key, seeds in groups[task].items()}
-        for task in TASKS
-        if task in groups
+        task: {key: Point(list(seeds.values())) for key, seeds in points.items()}
+        for task, points in groups.items()
+        if points
     }
 
 
@@ -97,63 +107,58 @@ def read(path):
 
 def in_points(values):
     """A difference with its interval."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values))
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values)) if values else ""
 
 
 def judged(values, margin):
     """What the interval of a difference says, in words."""
+    if values is None:
+        return "not measured"
     _, lower, upper = values
     if upper < 0:
-        return "more accurate"
+        return MORE_ACCURATE
     if upper < margin:
-        return "no worse" if lower <= 0 else "worse by less than the margin"
+        return NO_WORSE if lower <= 0 else LITTLE_WORSE
     return "worse" if lower > 0 else "not told apart"
 
 
-def shown(points, others, budgets, margin, *wanted):
-    """At which of these budgets a part of the claim is shown, in words. points, others: Points by budget."""
-    words = {
-        budget: judged(difference(points[budget], others[budget]), margin)
-        for budget in budgets
-        if budget in points and budget in others
-    }
-    where = " and ".join(f"{budget:g}" for budget, word in words.items() if word in wanted)
-    each = ", ".join(f"{budget:g} {word}" for budget, word in words.items())
-    return f"{f'shown at {where}' if where else 'not shown'} ({each or 'not measured'})"
+def compared(points, method, other, budgets, draw_seeds):
+    """{budget: what the interval says}; with a margin where the other is dense."""
+    dense, found = points["dense", 1.0], {}
+    for budget in budgets:
+        against = dense if other == "dense" else points.get((other, budget))
+        margin = MARGIN * np.mean(dense.errors()) if other == "dense" else 0
+        found[budget] = judged(difference(points.get((method, budget)), against, draw_seeds), margin)
+    return found
 
 
-def verdict(tasks):
+def verdict(tasks, draw_seeds=False):
     """What is compared, and whether each part of the paper's claim is shown, from the intervals alone."""
-    heads, claims = [], {}
+    heads = []
     for task, points in tasks.items():
         dense = points["dense", 1.0]
-        error, counts = np.mean(dense.errors()), dense.counts[min(dense.counts)]
-        mac, transformer = (
-            {budget: p for (name, budget), p in points.items() if name == method} for method in ("mac", "transformer")
-        )
-        heads.append(
-            f"{task.upper()}: {TASKS[task]} in % of {counts[:, 1].sum():,}, by {len(counts)} unheard speakers; the"
-            f' dense model makes {100 * error:.2f}, and the margin of "no worse" is {100 * MARGIN * error:.2f} points.'
-        )
-        everywhere, margin = dict.fromkeys(mac, dense), MARGIN * error
-        found = {
-            "More accurate than dense with 10 to 30 % less computation": shown(
-                mac, everywhere, LESS_10_TO_30, margin, "more accurate"
-            ),
-            "No worse than dense with 40 to 50 % less": shown(mac, everywhere, LESS_40_TO_50, margin, *NOT_WORSE),
-            "More accurate than `transformer` at equal MACs": shown(mac, transformer, EQUAL, 0, "more accurate"),
-        }
-        for claim, words in found.items():
-            claims.setdefault(claim, []).append(f"{task.upper()} {words}")
-    lines = heads + [f"{claim}: {'; '.join(said)}." for claim, said in claims.items()]
+        error, counts = 100 * np.mean(dense.errors()), dense.counts[min(dense.counts)]
+        of = f"of {counts[:, 1].sum():,}, by {len(counts)} speakers; margin {MARGIN * error:.2f} points"
+        heads.append(f"{task.upper()} {error:.2f} % {TASKS[task]} ({of})")
+    lines = [f"Dense on test: {'; '.join(heads)}."]
+    for claim, method, other, budgets, wanted in CLAIMS:
+        said = []
+        for task, points in tasks.items():
+            words = compared(points, method, other, budgets, draw_seeds)
+            each = ", ".join(f"{budget:g} {word}" for budget, word in words.items())
+            if wanted:
+                where = " and ".join(f"{budget:g}" for budget, word in words.items() if word in wanted)
+                each = f"{f'shown at {where}' if where else 'not shown'} ({each})"
+            said.append(f"{task.upper()} {each}")
+        lines.append(f"{claim}: {'; '.join(said)}.")
     return "\n".join(textwrap.fill(f"- {line}", 120, subsequent_indent="  ") for line in lines)
 
 
-def table(tasks):
+def table(tasks, draw_seeds=False):
     """Markdown: a line for each point, by task, method and falling budget."""
     lines = [
-        "| | MACs | parameters | expected channels, heads, units | wrong on dev | on test (characters) | each seed |"
-        " minus dense | minus `transformer` |",
+        "| wrong, in % | MACs | parameters | expected channels, heads, units | on dev | on test (characters) |"
+        " each seed | minus dense | minus `transformer` |",
         "| --- |" + " ---: |" * 8,
     ]
     for task, points in tasks.items():
@@ -171,8 +176,8 @@ def table(tasks):
                 f"{100 * p.dev():.2f}",
                 errors[0] + "".join(f" ({error})" for error in errors[1:]),
                 ", ".join(f"{100 * error:.1f}" for error in p.errors()),
-                "" if p is dense else in_points(difference(p, dense)),
-                in_points(difference(p, equal)) if method == "mac" and equal else "",
+                "" if p is dense else in_points(difference(p, dense, draw_seeds)),
+                in_points(difference(p, equal, draw_seeds)) if method == "mac" else "",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -202,9 +207,11 @@ def axes(task, left, x, y, fewest, low, high):
 def panel(task, points, left):
     """SVG elements: error on test over MACs kept, with the interval of its difference from dense about each point."""
     reference = np.mean(points["dense", 1.0].errors())
-    spans = {k: [reference + v for v in difference(p, points["dense", 1.0])] for k, p in points.items()}
+    differences = {key: difference(p, points["dense", 1.0]) for key, p in points.items()}
+    spans = {key: [reference + v for v in values] for key, values in differences.items() if values}
     low, high = min(span[1] for span in spans.values()), max(span[2] for span in spans.values())
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    margin = 0.05 * max(high - low, 0.01)
+    low, high = low - margin, high + margin
     fewest = min(p.macs for p in points.values()) - 0.03
 
     def x(macs):
@@ -237,21 +244,23 @@ def figure(tasks):
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>", ""])
 
 
-def report(tasks):
+def report(tasks, draw_seeds=False):
     """The verdict and the table, as Markdown."""
-    return f"{verdict(tasks)}\n\n{table(tasks)}\n"
+    return f"{verdict(tasks, draw_seeds)}\n\n{table(tasks, draw_seeds)}\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"curves: {message}\n")
     parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("results.jsonl"))
-    results = parser.parse_args().results
+    parser.add_argument("--draw-seeds", action="store_true", help="intervals over speakers and seeds")
+    options = parser.parse_args()
     try:
-        tasks = read(results)
-        results.with_name("curve.svg").write_text(figure(tasks))
+        tasks = read(options.results)
+        options.results.with_name("curve.svg").write_text(figure(tasks))
     except (UserError, OSError) as error:
-        parser.exit(2, f"curves: {error}\n")
-    print(report(tasks), end="")
+        parser.error(error)
+    print(report(tasks, options.draw_seeds), end="")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ test speaker, from which tests/curves.py makes intervals.
 import argparse
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from flops import UserError  # noqa: E402
+from gates import METHODS  # noqa: E402
+from sslprune import METRICS  # noqa: E402
 
 # Flags of all points, of a task's, and of its dense reference where they differ. README says how dev chose them.
 CHECKPOINT = {"asr": "tests/recogniser.pt", "slu": "tests/pretrained"}
@@ -65,7 +68,7 @@ def flags_of(task, budget):
 
 
 def fingerprint(task, corpus):
-    """A few hexadecimals that tell this checkpoint and corpus from others, wherever they stand."""
+    """A few hexadecimals that tell this checkpoint and corpus (by its texts and durations) from others, wherever."""
     found, checkpoint = hashlib.sha256(), ROOT / CHECKPOINT[task]
     for path in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]:
         found.update(path.read_bytes())
@@ -78,11 +81,12 @@ def speakers_of(corpus):
     """{name of an utterance: speaker} of the test set. Raises UserError where they are no ground for intervals."""
     speakers = {u.name: u.speaker for u in corpus.test}
     heard = {u.speaker for u in corpus.train + corpus.dev}
-    found = set(speakers.values())
-    if "" in found or len(found) < FEWEST_SPEAKERS or heard & found:
+    found = set(speakers.values()) - {""}
+    if "" in speakers.values() or len(found) < FEWEST_SPEAKERS or heard & found:
         raise UserError(
-            f"intervals need {FEWEST_SPEAKERS} test speakers or more, all known, none of them in train or dev; here are"
-            f" {len(found - {''})}, and {len(heard & found - {''})} of them are in train or dev"
+            f"intervals need {FEWEST_SPEAKERS} test speakers or more, a speaker for each utterance, and none of them in"
+            f" train or dev; here are {len(found)}, {list(speakers.values()).count('')} utterances have none, and"
+            f" {len(heard & found)} are in train or dev"
         )
     return speakers
 
@@ -125,16 +129,33 @@ def run_point(task, folder, point, out, speakers):
     }
 
 
+def parse_result(line):
+    """A result, from a line of JSON. Raises ValueError, KeyError, TypeError or AttributeError where it is none."""
+    result = json.loads(line)
+    columns = {"asr": 4, "slu": 2}[result["task"]]
+    rows = list(result["speakers"].values())
+    numbers = [result["dev"][METRICS[result["task"]]], *(result[f] for f in ("budget", "seed", "macs", "params"))]
+    numbers += itertools.chain(*rows, result["expected"].values() if result["budget"] < 1 else ())
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError("has something else for a number")
+    if not rows or any(len(row) != columns or not row[1] for row in rows):
+        raise ValueError("has no counts for a speaker")
+    if result["method"] not in METHODS or not 0 < result["budget"] <= 1:
+        raise ValueError("has no such method or budget")
+    missing = {"name", "flags", "inputs", "updates", "converged"} - result.keys()
+    if missing:
+        raise ValueError(f"has no {', '.join(sorted(missing))}")
+    return result
+
+
 def read_results(path):
     """The results in a file, which need not be there. Raises UserError for a line that is none."""
     results = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
-            results.append(json.loads(line))
-            if not {"task", "name", "budget", "flags", "inputs"} <= set(results[-1]):
-                raise ValueError("fields are missing")
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: is no result of tests/grid.py ({error}); remove it") from error
+            results.append(parse_result(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, line {number}: is no result of tests/grid.py ({error!r}); remove it") from error
     return results
 
 
@@ -145,8 +166,10 @@ def main():
     parser.add_argument("corpus", type=Path, help="folder of the corpus, as sslprune.py's --data")
     parser.add_argument("--results", type=Path, required=True, help="file to add the results to")
     parser.add_argument("--only", action="append", metavar="POINT", help="a point; any number of times")
-    parser.add_argument("--jobs", type=int, choices=range(1, 65), default=1, metavar="N", help="points at a time")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error("--jobs is the number of points at a time, 1 at least")
     points = points_of(options.task)
     unknown = set(options.only or ()) - set(points)
     if unknown:
@@ -155,7 +178,8 @@ def main():
     try:
         corpus = data.open_corpus(folder, options.task)
         speakers, inputs = speakers_of(corpus), fingerprint(options.task, corpus)
-        runs = ROOT / "runs" / "grid" / f"{options.task}-{inputs}"
+        flags = hashlib.sha256(f"{flags_of(options.task, 0.5)} {flags_of(options.task, 1.0)}".encode()).hexdigest()
+        runs = ROOT / "runs" / "grid" / f"{options.task}-{inputs}-{flags[:4]}"
         for parent in (runs, options.results.parent):
             parent.mkdir(parents=True, exist_ok=True)
         results = [result for result in read_results(options.results) if result["task"] == options.task]
@@ -171,16 +195,20 @@ def main():
         futures = {
             pool.submit(run_point, options.task, folder, points[name], runs / name, speakers): name for name in wanted
         }
-        for future in concurrent.futures.as_completed(futures):
-            name, result = futures[future], future.result()
-            if result is None:
-                print(f"{name}: has failed; the end of {runs / name}.log says why", file=sys.stderr, flush=True)
-                continue
-            with open(options.results, "a") as file:
-                file.write(json.dumps({**result, "inputs": inputs}) + "\n")
-            dev = ", ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result["dev"].items())
-            print(f"{name}: dev {dev}; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s", flush=True)
-            done.add(name)
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                name, result = futures[future], future.result()
+                if result is None:
+                    print(f"{name}: has failed; the end of {runs / name}.log says why", file=sys.stderr, flush=True)
+                    continue
+                with open(options.results, "a") as file:
+                    file.write(json.dumps({**result, "inputs": inputs}) + "\n")
+                dev = ", ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result["dev"].items())
+                print(f"{name}: dev {dev}; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s", flush=True)
+                done.add(name)
+        except KeyboardInterrupt:  # which the points that are running have got, too
+            pool.shutdown(cancel_futures=True)
+            parser.exit(130, "grid: interrupted; the same command goes on from here\n")
     print(f"{len(done & set(points))} of {len(points)} points are in {options.results}")
     return 0 if done >= set(wanted) else 2
 

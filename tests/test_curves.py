@@ -102,17 +102,35 @@ def test_the_verdict_follows_from_the_intervals(tmp_path):
         *seeds([1] * 40, budget=0.7, method="transformer", converged=False),
     ]
     said = " ".join(curves.verdict(curves.read(written(tmp_path, lines))).split())
-    assert "4,000, by 40 unheard speakers; the dense model makes 20.00, and the margin" in said
-    assert "is 0.40 points. - More" in said
-    assert "computation: ASR shown at 0.9 (0.9 more accurate, 0.8 not told apart, 0.7 worse). -" in said
-    assert "less: ASR shown at 0.6 and 0.5 (0.6 no worse, 0.5 worse by less than the margin). -" in said
-    assert "equal MACs: ASR shown at 0.5 (0.7 worse, 0.5 more accurate, 0.4 not told apart)." in said
+    assert "- Dense on test: ASR 20.00 % word errors (of 4,000, by 40 speakers; margin 0.40 points). -" in said
+    assert "30 % less: ASR shown at 0.9 (0.9 more accurate, 0.8 not told apart, 0.7 worse). -" in said
+    assert "50 % less: ASR shown at 0.6 and 0.5 (0.6 no worse, 0.5 worse by less than the margin). -" in said
+    assert (
+        "than `transformer`: ASR shown at 0.5 (0.9 not measured, 0.7 worse, 0.5 more accurate, 0.4 not told apart). -"
+        in said
+    )
+    assert "no claim: ASR 0.9 not measured, 0.7 worse, 0.5 worse, 0.4 worse." in said
     few = [r for r in lines if r["budget"] in (1, 0.7) and r["method"] == "mac"]
-    few += [result([1, 3], budget=budget, task="slu") for budget in (1.0, 0.5)]
-    said = " ".join(curves.verdict(curves.read(written(tmp_path, few))).split())
-    assert "computation: ASR not shown (0.7 worse); SLU not shown (not measured). -" in said
-    assert "less: ASR not shown (not measured); SLU shown at 0.5 (0.5 no worse). -" in said
-    assert "equal MACs: ASR not shown (not measured); SLU not shown (not measured)." in said
+    few += [result([1, 3], budget=budget, task="slu", seed=budget < 1) for budget in (1.0, 0.7)]  # no common seed
+    few += [result([1, 3], budget=0.5, task="slu")]
+    tasks = curves.read(written(tmp_path, few))
+    said = " ".join(curves.verdict(tasks).split())
+    assert "(0.9 not measured, 0.8 not measured, 0.7 worse); SLU not shown (0.9 not measured, 0.8 not m" in said
+    assert "(0.6 not measured, 0.5 not measured); SLU shown at 0.5 (0.6 not measured, 0.5 no worse). -" in said
+    assert [row.split("|")[8].strip() for row in curves.table(tasks).splitlines() if "slu `mac`" in row][0] == ""
+    assert curves.figure(tasks).count("<circle") == 4 and "nan" not in curves.figure(tasks)
+
+
+def test_drawn_seeds_widen_the_interval():
+    """Two seeds that differ by two words for every speaker: a draw has one of them twice, or both."""
+    ours = curves.Point([result([4] * 40, words=100, seed=0), result([8] * 40, words=100, seed=1)])
+    theirs = curves.Point([result([4] * 40, words=100, seed=seed) for seed in range(2)])
+    assert curves.difference(ours, theirs) == (pytest.approx(0.02),) * 3
+    assert curves.difference(ours, theirs, draw_seeds=True) == pytest.approx((0.02, 0, 0.04))
+    tasks = {"asr": {("dense", 1.0): theirs, ("mac", 0.5): ours}}
+    assert "| +2.00 [+2.00, +2.00] |" in curves.report(tasks) and "0.5 worse)" in curves.report(tasks)
+    assert "| +2.00 [+0.00, +4.00] |" in curves.report(tasks, draw_seeds=True)
+    assert "0.5 not told apart)" in curves.report(tasks, draw_seeds=True)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +164,9 @@ def test_the_tables_say_what_was_measured(tmp_path):
     assert rows[5][:7] == ["slu `mac` 0.7 (not converged)", "70.0%", "70.0%", "90%, 25%, 50%", "20.00", "30.00", "30.0"]
     assert rows[5][7:] == ["+10.00 [+0.00, +20.00]", "+5.00 [+0.00, +10.00]"]
     assert rows[6][0] == "slu `transformer` 0.7" and rows[6][8] == ""
-    assert "SLU: intents wrong in % of 20, by 2 unheard speakers" in curves.report(tasks)
+    assert "SLU 20.00 % intents wrong (of 20, by 2 speakers; margin 0.40 points)" in curves.verdict(tasks).replace(
+        "\n ", ""
+    )
     drawn = ElementTree.fromstring(curves.figure(tasks))
     assert len(drawn.findall("{*}circle")) == 5
     assert all("nan" not in value for element in drawn.iter() for value in element.attrib.values())
@@ -160,7 +180,7 @@ def test_points_that_make_no_common_curve_are_refused(tmp_path, change):
     lines = [result([1, 2], budget=budget) for budget in (1.0, 0.7, 0.5)]
     assert len(curves.read(written(tmp_path, lines))["asr"]) == 3
     lines[2] |= change
-    with pytest.raises(UserError, match="line 3: is the same point as an earlier line, or differs from one"):
+    with pytest.raises(UserError, match=r"^\S+, line 3: is the same point as an earlier line, or differs from one"):
         curves.read(written(tmp_path, lines))
 
 
@@ -173,15 +193,30 @@ def test_points_that_make_no_common_curve_are_refused(tmp_path, change):
         json.dumps(result([1])),
         json.dumps(result([1], budget=1)),
         json.dumps(result([1], task="x")),
+        json.dumps(result([1], method="x")),
+        json.dumps(result([1], budget=-1)),
+        json.dumps(result([1]) | {"budget": "1"}),
+        json.dumps(result([1], seed=None)),
+        json.dumps(result([1], dev={})),
+        json.dumps(result([1], macs="0.5")),
+        json.dumps(result([1], expected=None)),
+        json.dumps(result([], speakers={})),
+        json.dumps(result([], speakers={"s": [1, 2]})),
+        json.dumps(result([1], words=0)),
+        json.dumps({name: value for name, value in result([1]).items() if name != "converged"}),
+        "\xff",
     ],
 )
 def test_what_are_no_results_ends_in_one_line(tmp_path, monkeypatch, capsys, text):
     path = tmp_path / "results.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     monkeypatch.setattr(sys, "argv", ["curves.py", str(path)])
     with pytest.raises(SystemExit) as stopped:
         curves.main()
-    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    if text and text not in map(json.dumps, (result([1]), result([1], budget=1))):  # which are results
+        assert said.startswith(f"curves: {path}, line 1: is no result of tests/grid.py (")
     assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -227,16 +262,16 @@ def make_corpus(root):
 
 def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "ROOT", tmp_path)
-    script = f"import sys; sys.path[0] = {str(HERE.parent)!r}\nimport sslprune; sys.exit(sslprune.main())\n"
-    (tmp_path / "sslprune.py").write_text(script)
+    script = f"import os, sys; sys.path[0] = {str(HERE.parent)!r}; assert os.environ['OMP_NUM_THREADS'] == '1'\n"
+    (tmp_path / "sslprune.py").write_text(f"{script}import sslprune; sys.exit(sslprune.main())\n")
     sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
     monkeypatch.setattr(grid, "CHECKPOINT", {"slu": "tiny.pt"})
     flags = "--batch-seconds 5 --dense-updates 0 --prune-updates 2 --finetune-updates 1 --evaluate-updates 0"
     monkeypatch.setattr(grid, "COMMON", flags)
-    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.7), 1)]})
+    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.7), 1), ("size", (0.8,), 2)]})
     corpus, results = make_corpus(tmp_path / "corpus"), tmp_path / "new" / "results.jsonl"
 
-    def run(*arguments):
+    def run(*arguments, results=results):
         monkeypatch.setattr(sys, "argv", ["grid.py", "slu", str(corpus), "--results", str(results), *arguments])
         try:
             status = grid.main()
@@ -244,23 +279,52 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
             status = stopped.code
         return status, *capsys.readouterr()
 
-    assert run("--only", "mac-0.5-0")[::2] == (2, "grid: mac-0.5-0: no such point; there are dense-1-0, mac-0.7-0\n")
+    assert run("--jobs", "0")[0] == 2
+    names = "dense-1-0, mac-0.7-0, size-0.8-0, size-0.8-1"
+    assert run("--only", "mac-0.5-0")[::2] == (2, f"grid: mac-0.5-0: no such point; there are {names}\n")
+    assert "1 of 4 points" in run("--only", "mac-0.7-0")[1]
     status, printed, _ = run("--jobs", "2")
-    assert status == 0 and "mac-0.7-0: dev intent accuracy" in printed and "2 of 2 points" in printed
+    assert status == 0 and "dense-1-0: dev intent accuracy" in printed and "4 of 4 points" in printed
+    lines = grid.read_results(results)
+    assert [line["name"] for line in lines[:1]] == ["mac-0.7-0"]  # and only then the others
+    for line in lines:
+        method = "dense" if line["budget"] == 1 else line["method"]
+        assert line["name"] == f"{method}-{line['budget']:g}-{line['seed']}"
+        (out,) = (tmp_path / "runs" / "grid").glob(f"slu-*/{line['name']}/")
+        report = json.loads((out / "report.json").read_text())
+        wrong, count = np.sum(list(line["speakers"].values()), axis=0)
+        assert wrong / count == pytest.approx(1 - report["metric"]["test"])
+        assert line["dev"]["intent_accuracy"] == report["metric"]["dev"]
+        if method != "dense":
+            kept, shape = report["expected_counts"], report["dense"]["shape"]
+            assert line["expected"] == {kind: sum(kept[kind]) / sum(shape[kind]) for kind in kept}
     points = curves.read(results)["slu"]
-    assert set(points) == {("dense", 1.0), ("mac", 0.7)}
+    assert set(points) == {("dense", 1.0), ("mac", 0.7), ("size", 0.8)} and len(points["size", 0.8].results) == 2
     assert points["mac", 0.7].macs <= 0.7 and "--prune-lr 1e-3" in points["mac", 0.7].results[0]["flags"]
-    assert run()[:2] == (0, f"2 of 2 points are in {results}\n")
+    assert run()[:2] == (0, f"4 of 4 points are in {results}\n")
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
+    gathered = tmp_path / "gathered.jsonl"
+    assert "1 of 4 points" in run("--only", "size-0.8-1", results=gathered)[1]  # from its folder, and not run again
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")} == made
+    assert grid.read_results(gathered) == [line for line in lines if line["name"] == "size-0.8-1"]
     monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.01, 0.9), 1)]})  # one is out of reach
     status, printed, errors = run()
     assert status == 2 and "mac-0.01-0: has failed; the end of" in errors
     assert "mac-0.9-0: dev" in printed and f"2 of 3 points are in {results}" in printed
+    other = "has another checkpoint, corpus or flags; name another file"
+    with monkeypatch.context() as changed:
+        changed.setattr(grid, "FLAGS", {"slu": "--prune-lr 1e-4"})
+        status, _, errors = run()
+        assert status == 2 and other in errors
+        assert "1 of 3 points" in run("--only", "mac-0.9-0", results=tmp_path / "other.jsonl")[1]  # in other folders
     sslprune.save_model(sslprune.SpeechModel(tiny(seed=1), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
     status, _, errors = run()
-    assert status == 2 and "has another checkpoint, corpus or flags; name another file" in errors
+    assert status == 2 and other in errors
     (corpus / "test.tsv").write_text((corpus / "train.tsv").read_text(encoding="utf-8"), encoding="utf-8")
     status, _, errors = run()
-    assert status == 2 and "12, and 12 of them are in train or dev" in errors and errors.count("\n") == 1
+    assert (
+        status == 2 and "12, 0 utterances have none, and 12 are in train or dev" in errors and errors.count("\n") == 1
+    )
 
 
 def test_the_readme_says_what_the_results_say():

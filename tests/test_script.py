@@ -460,7 +460,7 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
             )
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
     known = set(re.findall(flags, run(capsys, "--help")[1])) | {
-        *"--seconds --nproc-per-node --quick --engines --strings --results --only --jobs".split()
+        *"--seconds --nproc-per-node --quick --engines --strings --results --only --jobs --draw-seeds".split()
     }  # of flops.py, torchrun, and the scripts in tests
     assert set(re.findall(flags, readme)) <= known
 
