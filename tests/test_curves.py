@@ -253,7 +253,7 @@ def test_every_point_of_the_grid_is_within_reach():
 def make_corpus(root):
     """Twenty test speakers that train and dev do not have."""
     make_table(root, count=20)
-    for split, count in (("train", 12), ("dev", 12), ("test", 20)):
+    for split, count in (("train", 12), ("dev", 11), ("test", 20)):
         head, *rows = (root / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
         rows = [rows[i].replace(f"speaker{i % 3}", f"{split}{i}") for i in range(count)]
         (root / f"{split}.tsv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
@@ -266,8 +266,8 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "sslprune.py").write_text(f"{script}import sslprune; sys.exit(sslprune.main())\n")
     sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
     monkeypatch.setattr(grid, "CHECKPOINT", {"slu": "tiny.pt"})
-    flags = "--batch-seconds 5 --dense-updates 0 --prune-updates 2 --finetune-updates 1 --evaluate-updates 0"
-    monkeypatch.setattr(grid, "COMMON", flags)
+    updates = "--dense-updates 0 --prune-updates 6 --finetune-updates 1 --evaluate-updates 0"
+    monkeypatch.setattr(grid, "COMMON", f"--batch-seconds 5 --gate-lr 1 {updates}")
     monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.7), 1), ("size", (0.8,), 2)]})
     corpus, results = make_corpus(tmp_path / "corpus"), tmp_path / "new" / "results.jsonl"
 
