@@ -68,7 +68,7 @@ def flags_of(task, budget):
 
 
 def fingerprint(task, corpus):
-    """A few hexadecimals that tell this checkpoint and corpus (by its texts and durations) from others, wherever."""
+    """A few hexadecimals that tell this checkpoint and this corpus (its texts and durations) from others."""
     found, checkpoint = hashlib.sha256(), ROOT / CHECKPOINT[task]
     for path in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]:
         found.update(path.read_bytes())
@@ -127,6 +127,17 @@ def run_point(task, folder, point, out, speakers):
         "seconds": report["train_seconds"],
         "speakers": errors_by_speaker(task, rows, speakers),
     }
+
+
+def run_points(task, folder, points, runs, speakers, jobs):
+    """(name, result of run_point) of points, so many at a time, as they end; Ctrl-C ends those that are running."""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run_point, task, folder, p, runs / name, speakers): name for name, p in points.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # at Ctrl-C, which the running points have got, too, the others are not to begin
+            pool.shutdown(cancel_futures=True)
 
 
 def parse_result(line):
@@ -191,24 +202,20 @@ def main():
             parser.error(f"{other}; name another file")
     done = {result["name"] for result in results}
     wanted = [name for name in points if name not in done and name in (options.only or points)]
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        futures = {
-            pool.submit(run_point, options.task, folder, points[name], runs / name, speakers): name for name in wanted
-        }
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                name, result = futures[future], future.result()
-                if result is None:
-                    print(f"{name}: has failed; the end of {runs / name}.log says why", file=sys.stderr, flush=True)
-                    continue
-                with open(options.results, "a") as file:
-                    file.write(json.dumps({**result, "inputs": inputs}) + "\n")
-                dev = ", ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result["dev"].items())
-                print(f"{name}: dev {dev}; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s", flush=True)
-                done.add(name)
-        except KeyboardInterrupt:  # which the points that are running have got, too
-            pool.shutdown(cancel_futures=True)
-            parser.exit(130, "grid: interrupted; the same command goes on from here\n")
+    try:
+        for name, result in run_points(
+            options.task, folder, {n: points[n] for n in wanted}, runs, speakers, options.jobs
+        ):
+            if result is None:
+                print(f"{name}: has failed; the end of {runs / name}.log says why", file=sys.stderr, flush=True)
+                continue
+            with open(options.results, "a") as file:
+                file.write(json.dumps({**result, "inputs": inputs}) + "\n")
+            dev = ", ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result["dev"].items())
+            print(f"{name}: dev {dev}; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s", flush=True)
+            done.add(name)
+    except KeyboardInterrupt:
+        parser.exit(130, "grid: interrupted; the same command goes on from here\n")
     print(f"{len(done & set(points))} of {len(points)} points are in {options.results}")
     return 0 if done >= set(wanted) else 2
 
