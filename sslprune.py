@@ -3,19 +3,21 @@
     python sslprune.py --task asr --budget 0.5                    # the demo corpus, a small model trained from scratch
     python sslprune.py --task asr --budget 0.5 --checkpoint wav2vec2-base --data LibriSpeech
     python sslprune.py --task slu --budget 0.5 --checkpoint wav2vec2-base --data slurp --method size
-    python sslprune.py --predict runs/asr-mac-0.5/model.pt recording.wav ...
-    python sslprune.py --evaluate runs/asr-mac-0.5/model.pt --data LibriSpeech
-    python sslprune.py --describe runs/asr-mac-0.5/model.pt
-    python sslprune.py --export runs/asr-mac-0.5/model.pt model.pt2
+    python sslprune.py --predict runs/asr-demo-mac-0.5-0/model.pt recording.wav ...
+    python sslprune.py --evaluate runs/asr-demo-mac-0.5-0/model.pt
+    python sslprune.py --describe runs/asr-demo-mac-0.5-0/model.pt
+    python sslprune.py --export runs/asr-demo-mac-0.5-0/model.pt model.pt2
     torchrun --nproc-per-node 4 sslprune.py --task asr --budget 0.5 ...    # four processes, a GPU each
 
-A run has up to three phases. Without a checkpoint it first trains a dense model, since the method prunes a trained one.
-Then weights, gates and multipliers train together under the budget (gates.py); the gates are hardened to the budget and
-the model is sliced. Then the small model trains on. --budget 1.0 trains as long, and prunes nothing: the reference.
-When a run was stopped or killed, the same command with --resume goes on where it was.
+A run has up to three phases. The method prunes a model that is trained for its task, so a run without a checkpoint, or
+with one whose head is for no task or another one, first trains the dense model. Then weights, gates and multipliers
+train together under the budget (gates.py); the gates are hardened to the budget and the model is sliced. Then the small
+model trains on, and its last state is model.pt. --budget 1.0 trains as long, and prunes nothing: the reference. When a
+run was stopped or killed, the same command with --resume goes on where it was.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -27,42 +29,52 @@ import math
 import os
 import re
 import signal
+import sqlite3
 import statistics
 import sys
+import threading
 import time
+from collections import deque
 from pathlib import Path
+
+# Threads of OpenMP spin while they wait for each other, long enough to wait for one that another process keeps off its
+# core: beside one busy process the demo took 16 times as long. After so many turns they sleep. Read as torch starts.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # before there is a process group, see `processes`
 from torch import nn
-from torch.utils.data import DataLoader
 
 import data
 from flops import BASE, SAMPLES, SECONDS, SMALL, Shape, UserError, cost, picture, table
 from gates import KINDS, METHODS, Lagrangian, check_budget, expected_shape, harden
-from transformer import SpeechModel, Wav2Vec2, contents_of, exported, load, precision, read_checkpoint, read_ours
-from transformer import save_model, torch_bytes, write
+from transformer import SpeechModel, Wav2Vec2, check_precision, contents_of, exported, load, precision, read_checkpoint
+from transformer import read_ours, save_model, torch_bytes, write
 
 log = logging.getLogger("sslprune")
 
 # --- Recipes: how long and how fast to train; each number can be set by the flag of its name -----------------------
 
 RECIPES = {
-    # wav2vec2-base. Learning rates and warm-up are DPHuBERT's (Peng et al., Interspeech 2023). Masks and LayerDrop are
-    # those of fairseq's recipe for 100 hours (base_100h.yaml), which differs in the rest: it freezes the frontend, has
-    # dropout on feed-forward activations only (here everywhere, as pre-training has it), and a learning rate of 3e-5.
-    # The updates are ours: with 100 s of audio each, pruning and fine-tuning are 17 passes over those 100 hours.
+    # wav2vec2-base. Nobody here could run it to its end. The known recipes, for 100 hours but DPHuBERT's 960:
+    #   fairseq (base_100h.yaml)      1,600 s of audio an update, 80,000 updates: 356 passes; learning rate 3e-5
+    #   transformers' example of CTC  some 400 s; 3e-4, warmed up over 500 updates
+    #   DPHuBERT, with a teacher      640 s, 50,000 updates: 9 passes; 2e-4, warmed up over 30 %, and then 1e-4
+    # Here an update has 400 s, in four batches so that 24 GB suffice, and the three phases are 22, 44 and 22 passes.
+    # The rates lie between the first two. The sliced model has half the rate, as DPHuBERT's has; the gates' rate and
+    # the warm-up of the target (10 %) are DPHuBERT's, too. Masks, LayerDrop and the weights' schedule are fairseq's.
+    # Other than there, the frontend trains, and dropout acts at all places, as in pre-training.
     "base": dict(
-        dense_updates=100_000, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0,
-        dense_lr=2e-4, prune_lr=2e-4, finetune_lr=1e-4, gate_lr=2e-2, warmup_share=0.1,
+        dense_updates=20_000, prune_updates=40_000, finetune_updates=20_000, batch_seconds=100.0, accumulate=4,
+        dense_lr=1e-4, prune_lr=1e-4, finetune_lr=5e-5, gate_lr=2e-2, warmup_share=0.1,
         layer_drop=0.1, time_mask=0.65, channel_mask=0.5, speed_perturbation=0.0,
     ),
     # The small model from scratch, chosen on the demo's dev set: as long as a few minutes allow, gates that are fast,
     # and a target that is slow enough for a phase of some hundred updates. Masks and the like need longer training.
     "small": dict(
-        dense_updates=560, prune_updates=300, finetune_updates=180, batch_seconds=10.0,
+        dense_updates=560, prune_updates=300, finetune_updates=180, batch_seconds=10.0, accumulate=1,
         dense_lr=1e-3, prune_lr=1e-3, finetune_lr=1e-3, gate_lr=0.2, warmup_share=0.5,
         layer_drop=0.0, time_mask=0.0, channel_mask=0.0, speed_perturbation=0.0,
     ),
@@ -72,10 +84,11 @@ BETAS, GATE_BETAS = (0.9, 0.98), (0.0, 0.9)  # of Adam: fairseq's for the weight
 WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: parts of a phase, the last rate over the peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against the odd wild batch
 IN_A_ROW = 20  # updates without a finite gradient; after so many nothing will mend itself
+PATIENCE = 600  # s that reading a batch may take: a file server that is away for minutes ends no run
 CONVERGED = 0.02  # of the dense cost: hardening from so near the budget shuts few units that training had left open
 
 PHASES = {
-    "dense": "train a dense model, since there is no trained one to prune",
+    "dense": "train the dense model, since what is pruned is to be trained for the task",
     "prune": "train weights, gates and multipliers together",
     "finetune": "train the sliced model on",
 }
@@ -89,18 +102,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def main(arguments=None):
     """The program; returns its exit status: 0, 2 for what the user can mend, 128 and the signal that stopped it."""
-    options = parse(arguments)
+    for stream in (sys.stdout, sys.stderr):  # any file's name, in a terminal of any encoding
+        getattr(stream, "reconfigure", dict)(errors="backslashreplace")
+    options, status = parse(arguments), 128 + 13  # of what SIGPIPE ends
     stream = sys.stderr if options.predict else sys.stdout  # where the results go alone
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream)
+    logging.raiseExceptions = False  # where nobody reads stdout any more, a run goes on, and log.txt has what it says
     try:
-        commands = {"predict": predict, "evaluate": evaluate_model, "describe": describe, "export": export}
-        chosen = [command for name, command in commands.items() if getattr(options, name) is not None]
-        return (chosen or [train_and_prune])[0](options)
+        command, _ = COMMANDS.get(command_of(options), (train_and_prune, None))
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough: Python is not to say so as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return status
     except (UserError, OSError) as error:
         return refuse(error)
     except Stopped as stopped:
         refuse(stopped)
-        return 128 + stopped.number
+        return 128 + stopped.args[0]
     except (MemoryError, RuntimeError) as error:  # torch has a class of its own only for a GPU's memory
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
@@ -112,27 +132,19 @@ def main(arguments=None):
 
 def refuse(message):
     """Say in one line what is wrong; the exit status for it."""
-    print("sslprune:", printable(" ".join(str(message).split())), file=sys.stderr)
+    print("sslprune:", " ".join(str(message).split()), file=sys.stderr)
     return 2
-
-
-def printable(text):
-    """A text in which bytes of a file's name that are no characters can be printed."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def number(kind, smallest, largest):
     """A type of argparse's: numbers of a kind (int or float) within bounds."""
 
     def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not smallest <= value <= largest:
-            whole = "whole " if kind is int else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {smallest:g} to {largest:g}")
-        return value
+        with contextlib.suppress(ValueError):
+            if smallest <= (value := kind(text)) <= largest:
+                return value
+        whole = "whole " if kind is int else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number from {smallest:g} to {largest:g}")
 
     return convert
 
@@ -140,24 +152,28 @@ def number(kind, smallest, largest):
 def parse(arguments):
     """The command line as options; a mistake in it ends the program with one line and exit status 2."""
     fraction, count, seconds = number(float, 0, 1), number(int, 0, 10**9), number(float, 0.1, 1e5)
-    form = argparse.RawDescriptionHelpFormatter
+    form, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # the shell leaves --out=~/x as it is
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: sys.exit(refuse(message))
     add = parser.add_argument_group("what to do").add_argument
     add("--task", choices=sorted(METRICS), help="asr: transcripts with CTC; slu: intents")
     add("--budget", type=number(float, 1e-9, 1), help="fraction of the cost to keep; 1.0 prunes nothing")
-    add("--predict", nargs="+", metavar=("MODEL", "FILE"), help="print what a model makes of recordings")
-    add("--evaluate", metavar="MODEL", help="print a model's metrics on the dev and test splits of --data")
-    add("--describe", metavar="CHECKPOINT", help="print the costs of a model, and what each layer kept")
-    add("--export", nargs=2, metavar=("MODEL", "FILE"), help="write a model as a program that torch.export.load loads")
+    add("--predict", nargs="+", type=path, metavar=("MODEL", "FILE"), help="print what a model makes of recordings")
+    add("--evaluate", type=path, metavar="MODEL", help="print a model's metrics on the dev and test splits of --data")
+    add("--describe", type=path, metavar="CHECKPOINT", help="print the costs of a model, and what each layer kept")
+    add("--export", nargs=2, type=path, metavar=("MODEL", "FILE.pt2"),
+        help="write a model as a program that torch.export.load loads")  # fmt: skip
     add = parser.add_argument_group("how").add_argument
     add("--method", choices=sorted(METHODS), default="mac", help="what the budget is of (default %(default)s)")
     add("--ragged", action="store_true", help="keep any number of units, not the multiples that run fast")
-    add("--data", default="demo", help="folder of tables, a Kaldi directory, LibriSpeech or SLURP (default: demo)")
+    add("--data", type=path, default="demo",
+        help="folder of manifests, Kaldi directories, LibriSpeech or SLURP (default: demo)")  # fmt: skip
     for split in ("train", *SPLITS):
         add(f"--{split}", metavar="NAMES", help=f"subsets that are the {split} split, joined by commas")
-    add("--checkpoint", help="pretrained model: Hugging Face, fairseq, torchaudio, or a .pt of ours (default: none)")
-    add("--out", help="folder of the run (default runs/TASK-METHOD-BUDGET)")
+    add("--raw-text", action="store_true", help="leave transcripts as they are: phonemes, case, punctuation")
+    add("--checkpoint", type=path,
+        help="pretrained model: Hugging Face, fairseq, torchaudio, or a .pt of ours (default: none)")  # fmt: skip
+    add("--out", type=path, help="folder of the run (default runs/TASK-DATA-METHOD-BUDGET-SEED)")
     add("--resume", action="store_true", help="go on with the run in --out; all other flags as before")
     add("--save-seconds", type=number(float, 0, 1e9), default=600.0, metavar="N",
         help="how often to write what --resume needs (default %(default)g)")  # fmt: skip
@@ -168,13 +184,18 @@ def parse(arguments):
     add("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32")
     add("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
     add("--max-seconds", type=seconds, default=30.0, metavar="N", help="train on no longer ones (default %(default)g)")
-    add("--accumulate", type=number(int, 1, 10**6), default=1, metavar="N", help="batches per update and process")
-    add("--workers", type=count, metavar="N", help="processes that load audio (default: 4 with a GPU, else 0)")
+    add("--workers", type=count, metavar="N",
+        help="batches that threads read ahead, one at least (default: 4 with a GPU, else 1)")  # fmt: skip
     add = parser.add_argument_group("recipe (where each number is from: RECIPES in sslprune.py)").add_argument
     types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds, "perturbation": number(float, 0, 0.5)}
-    for name in RECIPES["small"]:
-        defaults = f"default {RECIPES['base'][name]:g}, of a small model {RECIPES['small'][name]:g}"
-        add(flag(name), type=types.get(name.rpartition("_")[2], fraction), metavar="N", help=defaults)
+    types["accumulate"] = number(int, 1, 10**6)
+    notes = {"accumulate": "batches per update and process; ", "batch_seconds": "of audio in a batch; "}
+    notes["dense_updates"] = "0 with a checkpoint that is trained for the task; otherwise "
+    for name, small in RECIPES["small"].items():
+        defaults = f"default {RECIPES['base'][name]:g}, of a small model {small:g}"
+        defaults += f" (slu {SMALL_SLU[name]:g})" if name in SMALL_SLU else ""
+        help = notes.get(name, "") + defaults
+        add(flag(name), type=types.get(name.rpartition("_")[2], fraction), metavar="N", help=help)
     options = parser.parse_args(arguments)
     check_combination(options, parser)
     return options
@@ -184,19 +205,18 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def command_of(options):
+    """The name of the command that is asked for; None where it is a run."""
+    return next((name for name in COMMANDS if getattr(options, name) is not None), None)
+
+
 def check_combination(options, parser):
     """End the program where flags do not go together."""
-    used_with = {
-        "predict": {"device", "dtype"},
-        "evaluate": {"device", "dtype", "task", "data", "train", *SPLITS, "skip_bad", "batch_seconds"},
-        "describe": set(),
-        "export": set(),
-    }
-    command = next((name for name in used_with if getattr(options, name) is not None), None)
+    command = command_of(options)
     for name, value in vars(options).items():
         if value == "":
             parser.error(f"{flag(name)} has an empty value; leave it out, or give it one")
-        if command and name not in used_with[command] | {command} and value != parser.get_default(name):
+        if command and name not in COMMANDS[command][1] | {command} and value != parser.get_default(name):
             parser.error(f"{flag(name)} has no meaning with --{command}; leave it out")
     if command is None and (options.task is None or options.budget is None):
         parser.error("give --task and --budget, as in --task asr --budget 0.5, or another command; see --help")
@@ -212,7 +232,7 @@ def predict(options):
         if isinstance(result, UserError):
             failed.append(result)
         else:
-            print(printable(f"{file}\t{result}"), flush=True)
+            print(f"{file}\t{result}", flush=True)
     return max([0, *map(refuse, failed)])
 
 
@@ -221,19 +241,22 @@ def evaluate_model(options):
     model = load_to_use(options.evaluate, options)
     if options.task not in (None, model.task):
         raise UserError(f"{options.evaluate}: was trained for {model.task}, not for {options.task}")
-    corpus = open_corpus(options, model.task, SPLITS)
-    if model.task == "slu" and not any(u.intent in model.outputs for u in corpus.test):
+    corpus = open_corpus(options, model.task, SPLITS, model.raw_text)
+    if model.task == "slu" and not any(u.intent in model.outputs for u in corpus.dev + corpus.test):
         raise UserError(f"{options.data}: has none of the model's intents; give the corpus that it is for as --data")
+    batch_seconds = options.batch_seconds or RECIPES["small"]["batch_seconds"]
     for split in SPLITS:
-        metrics, _ = evaluate(model, corpus, split, options.batch_seconds or RECIPES["small"]["batch_seconds"])
-        print(f"{options.data}: {in_words({split: metrics})}", flush=True)
+        if getattr(corpus, split):
+            metrics, _ = evaluate(model, corpus, split, batch_seconds, options.workers)
+            print(f"{options.data}: {in_words({split: metrics})}", flush=True)
     return 0
 
 
 def load_to_use(path, options):
     """A model.pt on the device and in the precision that the options name."""
-    model = load(path).to(usable_device(options.device))
+    model = read_checkpoint(path).model(raw_text=options.raw_text).to(usable_device(options.device))
     model.dtype = DTYPES[options.dtype]
+    check_precision(model)
     return model
 
 
@@ -249,10 +272,24 @@ def export(options):
     path, out = options.export
     if os.path.lexists(out):
         raise UserError(f"{out}: is there already; remove it, or give another name")
+    if Path(out).suffix != ".pt2":
+        onnx = "torch.onnx.export takes load(MODEL) as it is, see Deploying in README.md"
+        raise UserError(f"{out}: is to be named .pt2, since it is a program of torch.export; for ONNX, {onnx}")
     model, buffer = load(path), io.BytesIO()
     torch.export.save(exported(model), buffer, extra_files={"labels.json": json.dumps(model.labels)})
     write(out, buffer.getbuffer())
     return 0
+
+
+COMMANDS = {  # other than a run: the function, and the flags that it uses
+    "predict": (predict, {"device", "dtype", "raw_text"}),
+    "evaluate": (
+        evaluate_model,
+        {"device", "dtype", "task", "data", "train", *SPLITS, "raw_text", "skip_bad", "batch_seconds", "workers"},
+    ),
+    "describe": (describe, set()),
+    "export": (export, set()),
+}
 
 
 # --- A run: its phases ---------------------------------------------------------------------------------------------
@@ -260,14 +297,14 @@ def export(options):
 
 def train_and_prune(options):
     """All of a run, from the options to the report; returns the exit status."""
-    start, device = time.monotonic(), usable_device(options.device)
+    device = usable_device(options.device)
     with processes(device):
         run = prepare(options, device)
         if run is not None:
-            with logged_to(run.out / "log.txt"), stoppable():
+            with writing(run), stoppable(run):
                 go_through_phases(run)
-                minutes, seconds = divmod(round(time.monotonic() - start), 60)
-                log.info("%s: model.pt, report.json, log.txt  (%d:%02d)", run.out, minutes, seconds)
+                minutes, seconds = divmod(round(run.progress.seconds), 60)
+                log.info("%s: model.pt, report.json, log.txt  (trained for %d:%02d)", run.out, minutes, seconds)
     return 0
 
 
@@ -283,7 +320,7 @@ def go_through_phases(run):
             progress.head_is_trained = True
         if progress.head_is_trained:
             progress.dense_metrics = evaluate_all(run)
-            log.info("dense: %s", in_words(progress.dense_metrics))
+            log.info("before pruning: %s", in_words(progress.dense_metrics))
         run.enter("prune")
 
     if progress.phase == "prune":
@@ -307,21 +344,25 @@ def go_through_phases(run):
         write(run.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         log.info("\n%s\n\n%s\n", picture(model.encoder.shape, run.start_shape), comparison(report))
     run.enter("done")
+    run.save()
 
 
 def prepare(options, device):
     """The Run, at its beginning or where --resume finds it; None where it has ended.
 
-    Everything that can be wrong comes to light here, before anything is trained or written; then --out is made.
+    Everything that can be wrong comes to light here, before anything is trained or written.
     """
-    out = Path(options.out or f"runs/{options.task}-{options.method}-{options.budget:g}")
+    corpus = (data.corpus_folder(options.data) or Path("demo")).resolve().name
+    default = f"runs/{options.task}-{corpus}-{options.method}-{options.budget:g}-{options.seed}"
+    out = Path(options.out or default)
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise UserError(f"{out}: a file stands where --out needs a folder; give another --out")
     state, checkpoint = read_state(out, options), None
     if options.checkpoint is not None and not state:
         checkpoint = read_checkpoint(options.checkpoint)
     shape = Shape.from_dict(state["progress"]["start_shape"]) if state else checkpoint.shape if checkpoint else SMALL
-    fill_recipe(options, shape)
+    trained = state["settings"]["dense_updates"] == 0 if state else checkpoint and checkpoint.task == options.task
+    fill_recipe(options, shape, trained)
     if options.budget < 1:
         check_budget(shape, options.method, options.budget)
     if state:
@@ -329,7 +370,7 @@ def prepare(options, device):
         if state["progress"]["phase"] == "done":
             log.info("%s: has run to its end; nothing is left to do", out)
             return None
-    corpus = open_corpus(options, options.task, ("train", *SPLITS))
+    corpus = open_corpus(options, options.task, ("train", *SPLITS), options.raw_text)
     torch.manual_seed(options.seed)
     if state:
         run = Run.restored(options, out, corpus, device, state)
@@ -337,10 +378,6 @@ def prepare(options, device):
         model, trained = model_to_prune(options, checkpoint, corpus)
         run = Run(options, out, corpus, device, model, Progress(shape.as_dict(), head_is_trained=trained))
         torch.manual_seed(options.seed + rank())  # after the weights, which are to be the same in all processes
-    if not rank():
-        out.mkdir(parents=True, exist_ok=True)
-    if not state:
-        run.save()
     return run
 
 
@@ -355,12 +392,12 @@ def usable_for_training(run):
     return usable
 
 
-def fill_recipe(options, shape):
-    """Set what the command line left open, for a model of this shape."""
+def fill_recipe(options, shape, trained):
+    """Set what the command line left open, for a model of this shape. trained: whether its head is, for the task."""
     recipe = dict(RECIPES["base"])
     if shape.width < BASE.width:
         recipe = RECIPES["small"] | (SMALL_SLU if options.task == "slu" else {})
-    if options.checkpoint is not None:
+    if trained:
         recipe["dense_updates"] = 0
     for name, value in recipe.items():
         if getattr(options, name) is None:
@@ -378,8 +415,10 @@ def model_to_prune(options, checkpoint, corpus):
             what = f"its head for {checkpoint.task} is left out" if checkpoint.task else "has no head for a task"
             log.info("%s: %s; one for %s starts at random", options.checkpoint, what, options.task)
         encoder = checkpoint.encoder() if checkpoint else Wav2Vec2(SMALL)
-        return SpeechModel(encoder, options.task, labels), False
-    model = checkpoint.model()
+        return SpeechModel(encoder, options.task, labels, options.raw_text), False
+    model = checkpoint.model(raw_text=options.raw_text)
+    if model.raw_text != options.raw_text:
+        raise UserError(f"{options.checkpoint}: was trained on transcripts as they are; give --raw-text")
     new = [label for label in labels if label not in model.outputs]
     if new:
         log.info("%s: its head had no output for %s; they are added", options.checkpoint, " ".join(new))
@@ -387,22 +426,26 @@ def model_to_prune(options, checkpoint, corpus):
     return model, True
 
 
-def open_corpus(options, task, splits):
+def open_corpus(options, task, splits, raw_text):
     subsets = {split: getattr(options, split) for split in ("train", *SPLITS)}
-    return data.open_corpus(options.data, task, options.seed, subsets, splits, options.skip_bad)
+    return data.open_corpus(options.data, task, options.seed, subsets, splits, options.skip_bad, raw_text)
 
 
 def usable_device(name):
     """The torch.device of this name; of None, a GPU where there is one."""
     try:
         if name in (None, "cuda"):
-            local_rank = os.environ.get("LOCAL_RANK", "0")  # which torchrun sets
-            name = f"cuda:{local_rank}" if name or torch.cuda.is_available() else "cpu"
+            set_by = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "RANK")  # torchrun, srun, mpirun
+            local_rank = next((int(os.environ[each]) for each in set_by if os.environ.get(each)), 0)
+            gpus = torch.cuda.device_count()  # that this process sees, which may be its own alone
+            name = f"cuda:{local_rank % max(1, gpus)}" if name or torch.cuda.is_available() else "cpu"
         device = torch.device(name)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # random states and synchronisation are the current device's
+            torch.set_float32_matmul_precision("high")  # TF32 for matrices as for convolutions, for which torch has
+            torch.backends.cudnn.allow_tf32 = True  # it by default
         torch.zeros(1, device=device, dtype=torch.float64).item()  # counts and the first GroupNorm need float64
-    except (RuntimeError, AssertionError, AttributeError, NotImplementedError, TypeError, ImportError) as error:
+    except (RuntimeError, AssertionError, AttributeError, ValueError, TypeError, ImportError) as error:
         why = str(error).splitlines()[0].split(". ")[0]
         raise UserError(f"--device {name}: cannot be used here ({why})") from error
     return device
@@ -422,25 +465,24 @@ def train(run):
     announce(run)
     watch(run)
     show = countdown(progress.phase, updates, progress.update)
-    while progress.update < updates:
-        for batches in epoch(run):
-            model.train()
-            done = progress.update / updates  # of the phase
-            optimizer.param_groups[0]["lr"] = getattr(options, f"{progress.phase}_lr") * tri_stage(done)
-            optimizer.zero_grad(set_to_none=False)
-            losses = []
-            for utterances, waveforms, lengths in batches:
-                loss = model.loss(waveforms.to(run.device), lengths, utterances)
-                penalty = lagrangian(encoder.gates, run.warmup) if lagrangian else 0
-                (loss + penalty).backward()
-                losses.append(loss.detach())
-            loss, asked = mean_gradients(run, losses)
-            if loss is not None:
-                progress.update += 1
-                step(optimizer, loss, progress)
-                show(progress.update, lambda: f"  loss {loss:.3f}  {kept_in_words(run)}")
-            save_or_stop(run, asked)
-            watch(run)
+    groups = itertools.islice(stream(run), progress.update, updates)
+    for batches in or_stop(load_batches(groups, run.corpus, options.workers, run.device)):
+        model.train()
+        done = progress.update / updates  # of the phase
+        optimizer.param_groups[0]["lr"] = getattr(options, f"{progress.phase}_lr") * tri_stage(done)
+        optimizer.zero_grad(set_to_none=False)
+        losses = []
+        for utterances, waveforms, lengths in batches:
+            loss = model.loss(waveforms.to(run.device), lengths, utterances)
+            loss.backward()
+            losses.append(loss.detach())
+        if lagrangian and losses:
+            penalty = lagrangian(encoder.gates, run.warmup)
+            (len(losses) * penalty).backward()  # gradients are divided by the number of losses
+        loss, stop, save = step(optimizer, mean_gradients(run, losses), progress)
+        show(progress.update, lambda: f"  loss {loss:.3f}  {kept_in_words(run)}")  # noqa: B023
+        save_or_stop(run, stop, save)
+        watch(run)
     run.save()
 
 
@@ -458,48 +500,76 @@ def announce(run):
             log.info("budget: %g of %s %s %s", options.budget, whose, f"{constraint.measure(whole):,}", constraint.name)
 
 
-def epoch(run):
-    """The batches of each update that is left in this epoch: this process's, as (utterances, waveforms, lengths).
+def stream(run):
+    """The batches of each update of the phase that are this process's, without end.
 
     An epoch's batches follow from the seed, the phase and its number. An update takes the next few: one for each
     process, `accumulate` times. It depends on their number in all, and not on where each was computed.
     """
-    options, model, corpus, progress = run.options, run.model, run.corpus, run.progress
-    rng = np.random.default_rng([options.seed, *progress.phase.encode(), progress.epoch])
-    # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
-    shortest_first = progress.phase == "dense" and progress.epoch == 0 and model.task == "asr"
-    batches = data.training_batches(
-        run.utterances, frames_of(model), model.task == "asr",
-        options.speed_perturbation, options.batch_seconds, rng, shortest_first,
-    )  # fmt: skip
-    size, first_update, from_start = ranks() * options.accumulate, progress.update, progress.groups_used == 0
-    groups = [batches[i : i + size] for i in range(0, len(batches), size)]  # of an update, in all processes
-    groups = [group[rank() :: ranks()] for group in groups[progress.groups_used :]]
-    loaded = load_batches(list(itertools.chain(*groups)), corpus, options.workers, run.device)
-    for group in groups:
-        if progress.update == run.updates:
-            break
-        progress.groups_used += 1
-        yield [batch for batch in itertools.islice(loaded, len(group)) if batch[0]]
-    share_skipped(corpus)
-    corpus.check()
-    if from_start and progress.update == first_update:
-        raise UserError("no utterance of the training split could be read")
-    progress.epoch, progress.groups_used = progress.epoch + 1, 0
+    options, model, phase = run.options, run.model, run.progress.phase
+    size, ctc = ranks() * options.accumulate, model.task == "asr"
+    for epoch in itertools.count():
+        rng = np.random.default_rng([options.seed, *phase.encode(), epoch])
+        # The shortest first: CTC leaves its plateau of blanks sooner (SortaGrad; Amodei et al. 2016, arXiv 1512.02595).
+        shortest_first = phase == "dense" and epoch == 0 and ctc
+        speeds, seconds = options.speed_perturbation, options.batch_seconds
+        batches = data.training_batches(run.utterances, frames_of(model), ctc, speeds, seconds, rng, shortest_first)
+        yield from (batches[i : i + size][rank() :: ranks()] for i in range(0, len(batches), size))
 
 
-def load_batches(batches, corpus, workers, device):
-    """An iterator over (utterances, waveforms, lengths) of these batches; what cannot be read is skipped."""
-    if workers is None:
-        workers = 4 if device.type == "cuda" else 0
-    own = torch.Generator()  # or it would draw from the global one, and a resumed epoch has one iterator more
-    loader = DataLoader(batches, None, collate_fn=data.load_batch, num_workers=workers, generator=own)
-    with signals_blocked():
-        loaded = iter(loader)
-    for *batch, bad in loaded:
-        for reason in bad:
-            corpus.skip(reason)
-        yield batch
+def load_batches(groups, corpus, workers, device):
+    """Lists of (utterances, waveforms, lengths) for these lists of batches; what cannot be read is skipped.
+
+    Threads read the next `workers` lists. Reading, decoding and FFTs let go of Python's lock, and a thread needs no
+    shared memory to hand a batch over, and cannot be killed alone. It is a daemon: one that a dead file server holds
+    does not keep the program from ending. Raises UserError where a list takes longer than PATIENCE or too much could
+    not be read, and Stopped where a signal asks for it.
+    """
+    workers = max(1, (4 if device.type == "cuda" else 1) if workers is None else workers)
+    groups, reading = iter(groups), deque()
+
+    def read(group, future):
+        try:
+            future.set_result([data.load_batch(batch) for batch in group])
+        except BaseException as error:
+            future.set_exception(error)  # and so raised where the list is asked for
+
+    def read_ahead():
+        for group in itertools.islice(groups, workers - len(reading)):
+            reading.append(concurrent.futures.Future())
+            threading.Thread(target=read, args=(group, reading[-1]), daemon=True).start()
+
+    try:
+        read_ahead()
+        while reading:
+            loaded = wait_for(reading.popleft())
+            read_ahead()
+            for reason in itertools.chain(*(bad for *_, bad in loaded)):
+                corpus.skip(reason)
+            corpus.check()
+            yield [batch for *batch, _ in loaded if batch[0]]
+    finally:
+        concurrent.futures.wait(reading, timeout=5)  # Python is not to end while a thread is in a library
+
+
+def wait_for(future):
+    """The result of a future that a thread is to set. Raises as `load_batches`."""
+    for _ in range(PATIENCE):
+        try:
+            return future.result(timeout=1)
+        except concurrent.futures.TimeoutError:
+            if stopping:
+                raise Stopped(stopping[0]) from None
+    raise UserError(f"audio could not be read in {PATIENCE} s; see to the corpus's files, and go on with --resume")
+
+
+def or_stop(loaded):
+    """What is loaded; where that fails in one process, all are to save and stop together, after the next update."""
+    try:
+        yield from loaded
+    except (UserError, Stopped) as error:
+        stopping.append(error)
+        yield []
 
 
 def frames_of(model):
@@ -541,30 +611,37 @@ def make_optimizer(model, lagrangian, gate_lr):
 def mean_gradients(run, losses):
     """Let all processes have the mean gradients of their batches. losses: of this process's batches.
 
-    Returns the mean loss, None where no process had a batch, and what any of them was asked: to stop, to save.
+    Returns sums over the processes, (4,) float64: of losses, their number, and whether to stop and to save.
     """
     gradients = [p.grad for group in run.optimizer.param_groups for p in group["params"]]
     due = not rank() and time.monotonic() - run.saved > run.options.save_seconds
-    sums = [sum(losses), len(losses), len(stopping), due]
-    sums = torch.tensor(sums, dtype=torch.float64, device=run.device)
+    sums = torch.tensor([0, len(losses), len(stopping), due], dtype=torch.float64, device=run.device)
+    sums[0] += sum(losses)
     add_up([sums, *gradients])
-    loss, count, stop, save = sums.tolist()
-    if count > 1:
-        for gradient in gradients:
-            gradient /= count
-    return loss / count if count else None, (bool(stop), bool(save))
+    for gradient in gradients:
+        gradient /= sums[1]
+    return sums
 
 
-def step(optimizer, loss, progress):
-    """Make the update that the gradients ask for, or leave it out where they are not finite."""
+def step(optimizer, sums, progress):
+    """Make the update that the gradients ask for, or leave it out where they are not finite. sums: mean_gradients'.
+
+    Returns the mean loss, NaN where no process had a batch, and whether to stop and to save.
+    """
     weights, *others = (group["params"] for group in optimizer.param_groups)
     others = [p.grad for p in itertools.chain(*others)]
-    norms = nn.utils.clip_grad_norm_(weights, CLIP).item(), nn.utils.get_total_norm(others).item()
+    norms = nn.utils.clip_grad_norm_(weights, CLIP), nn.utils.get_total_norm(others).to(sums.device)
+    # All numbers leave the device at once, since a transfer waits for all that was asked of it.
+    loss, count, stop, save, *norms = torch.cat([sums, torch.stack(norms).double()]).tolist()
+    if stop and not count:  # nothing was loaded, so this update is still to come
+        return math.nan, stop, save
+    loss = loss / count if count else math.nan
+    progress.update += 1
     if math.isfinite(loss) and all(map(math.isfinite, norms)):
         optimizer.step()
         progress.left_out_in_a_row = 0
         progress.losses.append(loss)
-        return
+        return loss, stop, save
     progress.left_out += 1
     progress.left_out_in_a_row += 1
     log.warning("update %d left out: loss %g, norms of gradients %g and %g", progress.update, loss, *norms)
@@ -573,6 +650,7 @@ def step(optimizer, loss, progress):
             f"{IN_A_ROW} updates in a row had no finite loss or gradient (loss {loss:g}, gradient {norms[0]:g});"
             f" start anew with a smaller --{progress.phase}-lr or --gate-lr, or with --dtype float32"
         )
+    return loss, stop, save
 
 
 def kept_in_words(run):
@@ -616,7 +694,7 @@ def evaluate_all(run, last=False):
     """Metrics on all SPLITS at the end of a phase. last: of the run; what was said goes into files."""
     found = {}
     for split in SPLITS:
-        found[split], rows = evaluate(run.model, run.corpus, split, run.options.batch_seconds)
+        found[split], rows = evaluate(run.model, run.corpus, split, run.options.batch_seconds, run.options.workers)
         if last and not rank():
             rows = [("name", "reference", "hypothesis"), *rows]
             lines = ["\t".join(re.sub(r"[\t\r\n]", " ", field) for field in row) + "\n" for row in rows]
@@ -635,8 +713,10 @@ def watch(run):
     recorded = progress.history and (progress.history[-1]["phase"], progress.history[-1]["update"])
     if every and due and not untrained and recorded != (progress.phase, progress.update):
         try:
-            dev, _ = evaluate(run.model, run.corpus, "dev", run.options.batch_seconds)
-        except Stopped:
+            dev, _ = evaluate(
+                run.model, run.corpus, "dev", run.options.batch_seconds, run.options.workers, characters=False
+            )
+        except (UserError, Stopped):
             run.save()
             raise
         record(run, dev)
@@ -657,40 +737,53 @@ def record(run, dev):
     }
     progress.history.append(entry)
     progress.losses.clear()
-    where = f"{progress.phase} {progress.update}/{run.updates}"
-    log.info("%s  %s  %s", where, in_words({"dev": dev}), kept_in_words(run))
+    log.info("%s  %s  %s", run.place, in_words({"dev": dev}), kept_in_words(run))
     if not rank():
         write(run.out / "metrics.jsonl", "".join(json.dumps(e) + "\n" for e in progress.history).encode())
 
 
-def evaluate(model, corpus, split, batch_seconds):
-    """Metrics of a model on one of SPLITS, as fractions, {name: value}, and (name, reference, hypothesis) of each."""
+def evaluate(model, corpus, split, batch_seconds, workers=None, characters=True):
+    """Metrics of a model on one of SPLITS, as fractions, {name: value}, and (name, reference, hypothesis) of each.
+
+    characters: whether their errors are counted, too, which takes as long as recognising.
+    """
     model.eval()
+    device, asr = next(model.parameters()).device, model.task == "asr"
     utterances = data.usable(getattr(corpus, split), corpus, frames_of(model), ctc=False)
     batches = data.batches(utterances, batch_seconds)
     mine = range(rank(), len(batches), ranks())  # each process has its part of the batches, however many there are
     show = countdown(f"evaluate {split}", len(mine))
-    found = []  # (number of the batch, names, references, hypotheses)
-    loaded = load_batches([batches[i] for i in mine], corpus, None, next(model.parameters()).device)
-    for done, (i, (batch, waveforms, lengths)) in enumerate(zip(mine, loaded), 1):
-        if stopping and ranks() == 1:  # many processes stop together, after an update
-            raise Stopped(stopping[0], "an evaluation")
-        if batch:
-            said = [u.text if model.task == "asr" else u.intent for u in batch]
-            found.append((i, [u.name for u in batch], said, model.transcribe(waveforms, lengths)))
-        show(done)
+    found, failure = [], None  # (number of the batch, names, references, hypotheses)
+    loaded = load_batches(([batches[i]] for i in mine), corpus, workers, device)
+    try:
+        with precision(model.dtype, device):  # around all batches, so that weights are cast once
+            for done, (i, part) in enumerate(zip(mine, loaded), 1):
+                if stopping:
+                    raise Stopped(stopping[0])
+                for batch, waveforms, lengths in part:
+                    references = [u.text if asr else u.intent for u in batch]
+                    hypotheses = model.transcribe(waveforms, lengths)
+                    if asr:  # compared is what has passed through the same function
+                        hypotheses = [data.transcript(text, model.raw_text) for text in hypotheses]
+                    found.append((i, [u.name for u in batch], references, hypotheses))
+                show(done)
+    except (UserError, Stopped) as error:
+        failure = error  # of all processes, which would wait for this one
+    parts = gather((failure, found))
+    for failure in filter(None, (failure for failure, _ in parts)):
+        raise failure
     share_skipped(corpus)
     corpus.check()
-    found = sorted(itertools.chain(*gather(found)))
+    found = sorted(itertools.chain(*(part for _, part in parts)))
     names, references, hypotheses = ([value for batch in found for value in batch[which]] for which in (1, 2, 3))
     if not references:
         raise UserError(f"no utterance of the {split} split could be read")
-    score = data.error_rates if model.task == "asr" else data.accuracies
-    return score(references, hypotheses), list(zip(names, references, hypotheses))
+    metrics = data.error_rates(references, hypotheses, characters) if asr else data.accuracies(references, hypotheses)
+    return metrics, list(zip(names, references, hypotheses))
 
 
-def forward_seconds(models, device, dtype, repeats=5):
-    """Median seconds of each encoder's forward on 10 s of audio, in turn, so that a noisy machine slows all alike."""
+def forward_seconds(models, device, dtype, repeats=12):
+    """Seconds of each encoder's forward on 10 s of audio: the fewest, as what else runs can only add to them."""
     waveform = torch.randn(1, SAMPLES, generator=torch.Generator().manual_seed(0)).to(device)
     seconds = [[] for _ in models]
     with torch.no_grad(), precision(dtype, device):
@@ -701,7 +794,7 @@ def forward_seconds(models, device, dtype, repeats=5):
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 taken.append(time.perf_counter() - start)
-    return [statistics.median(taken[1:]) for taken in seconds]  # the first was to warm up
+    return list(map(min, seconds))
 
 
 # --- The report ----------------------------------------------------------------------------------------------------
@@ -751,7 +844,7 @@ def comparison(report):
     lines = [f"{'':<28}{'before':>15}{'pruned':>15}{'kept':>10}"]
     for name, key, scale, unit, digits in rows:
         before, after = (f"{values[key] / scale:12.{digits}f} {unit:<2}" for values in (dense, pruned))
-        lines.append(f"{name:<28}{before}{after}{pruned[key] / dense[key]:>10.2%}")
+        lines.append(f"{name:<28}{before}{after}{pruned[key] / dense[key]:>10.{0 if key == 'seconds' else 2}%}")
     for split, values in metrics["pruned"].items():
         for name, value in values.items():
             before = f"{metrics['dense'][split][name]:.2%}" if metrics["dense"] else "-"
@@ -765,24 +858,28 @@ def curve(history, updates, metric):
     updates: how many each phase has, {phase: number}. metric: the name of what is measured on dev.
     """
     ends = dict(zip(updates, itertools.accumulate(updates.values())))  # in updates of the whole run
-    xs = [ends[entry["phase"]] - updates[entry["phase"]] + entry["update"] for entry in history]
     last = max(1, *ends.values())
     highest = max([1e-9, *(entry["dev"] for entry in history)])
     name = f"{metric.replace('_', ' ')}, to {highest:.3g}"
-    lines = {name: (30, "#c33", [entry["dev"] / highest for entry in history])}
+    lines = {name: (30, "#c33", lambda entry: entry["dev"] / highest)}
     for i, _ in enumerate(history[0]["expected"] if history else []):
-        lines[f"expected cost {i + 1}"] = (230, "#36c", [entry["expected"][i] for entry in history])
-    lines["target"] = (230, "#999", [entry["target"] for entry in history])
+        lines[f"expected cost {i + 1}"] = (230, "#36c", lambda entry, i=i: entry["expected"][i])
+    lines["target"] = (230, "#999", lambda entry: entry["target"])
     shapes = [f'<rect x="50" y="{top}" width="600" height="160" fill="none" stroke="#ccc"/>' for top in (30, 230)]
     shapes += [f'<path d="M{50 + 600 * x / last:.1f} 30v360" stroke="#ccc"/>' for x in ends.values()]
-    for number, (name, (top, colour, ys)) in enumerate(lines.items()):
-        points = " ".join(f"{50 + 600 * x / last:.1f},{top + 160 * (1 - y):.1f}" for x, y in zip(xs, ys))
-        shapes.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
+    for number, (name, (top, colour, value)) in enumerate(lines.items()):
+        for phase, end in ends.items():  # a line for each, and a dot for what was measured: between them nothing was
+            entries = [entry for entry in history if entry["phase"] == phase]
+            xs = [50 + 600 * (end - updates[phase] + entry["update"]) / last for entry in entries]
+            points = [f"{x:.1f},{top + 160 * (1 - value(entry)):.1f}" for x, entry in zip(xs, entries)]
+            shapes.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}"/>')
+            shapes += [f'<path d="M{point}h0" stroke="{colour}" stroke-width="4"/>' for point in points]
         shapes.append(f'<text x="660" y="{top + 12 + 14 * number}" fill="{colour}">{name}</text>')
     for phase in (phase for phase in ends if updates[phase]):
         where = f'x="{45 + 600 * ends[phase] / last:.1f}" y="405" text-anchor="end"'
         shapes.append(f"<text {where}>{phase} {ends[phase]}</text>")
-    head = '<svg xmlns="http://www.w3.org/2000/svg" width="820" height="420" font-family="sans-serif" font-size="12">'
+    style = 'font-family="sans-serif" font-size="12" stroke-linecap="round"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="820" height="420" {style}>'
     return "\n".join([head, '<rect width="820" height="420" fill="white"/>', *shapes, "</svg>", ""])
 
 
@@ -800,8 +897,7 @@ def in_words(metrics):
 # --- State: how a run goes on after a death ------------------------------------------------------------------------
 
 STATE = "training.state"  # the training checkpoint in the folder of a run
-COMMANDS = {"predict", "evaluate", "describe", "export"}
-NO_EFFECT_ON_RESULTS = COMMANDS | {"resume", "out", "device", "workers", "save_seconds", "skip_bad"}
+NO_EFFECT_ON_RESULTS = {*COMMANDS, "resume", "out", "data", "device", "workers", "save_seconds", "skip_bad"}
 
 
 @dataclasses.dataclass
@@ -812,8 +908,6 @@ class Progress:
     head_is_trained: bool  # so that there is something to evaluate
     phase: str = "dense"  # one of PHASES, or "done"
     update: int = 0  # how many the phase has made
-    epoch: int = 0  # of the phase
-    groups_used: int = 0  # of the epoch's batches, one group an update
     seconds: float = 0.0  # of training
     dense_metrics: dict | None = None
     expected: list | None = None  # part of each constrained cost that gates were to keep when the pruning phase ended
@@ -836,14 +930,20 @@ class Run:
         self.options, self.out, self.corpus, self.device = options, out, corpus, device
         self.model, self.progress = model, progress
         model.to(device).dtype = DTYPES[options.dtype]
+        check_precision(model)
         self.start_shape = Shape.from_dict(progress.start_shape)
-        self.lagrangian = self.optimizer = self.clock = None
+        self.lagrangian = self.optimizer = self.clock = self.saved = None
         self.utterances = usable_for_training(self)  # which raises UserError where there is none
 
     @property
     def updates(self):
         """How many the phase has in all."""
         return getattr(self.options, f"{self.progress.phase}_updates")
+
+    @property
+    def place(self):
+        """Where it is, in words."""
+        return f"{self.progress.phase} {self.progress.update}/{self.updates}" if self.updates else "before training"
 
     @property
     def warmup(self):
@@ -872,14 +972,11 @@ class Run:
 
     def enter(self, phase):
         """Begin the next phase."""
-        for name in ("update", "epoch", "groups_used", "left_out_in_a_row"):
-            setattr(self.progress, name, 0)
-        self.progress.phase = phase
+        self.progress.phase, self.progress.update, self.progress.left_out_in_a_row = phase, 0, 0
         self.optimizer = self.lagrangian = self.clock = None
         if phase == "prune" and self.options.budget < 1:
             self.model.encoder.add_gates(KINDS[self.options.method])
             self.add_lagrangian()
-        self.save()
 
     def add_lagrangian(self):
         self.lagrangian = Lagrangian(self.start_shape, self.options.method, self.options.budget).to(self.device)
@@ -904,7 +1001,7 @@ class Run:
                 "optimizer": self.optimizer and self.optimizer.state_dict(),
                 "random": random,
                 "skipped": list(self.corpus.skipped),
-                "corpus": [self.corpus.kind, self.corpus.size],
+                "corpus": self.corpus.fingerprint,
             }
         written = torch_bytes(contents)
         write(self.out / STATE, hashlib.sha256(written).digest(), written)
@@ -912,9 +1009,8 @@ class Run:
     @classmethod
     def restored(cls, options, out, corpus, device, state):
         """The Run that a training checkpoint holds."""
-        if state["corpus"] != [corpus.kind, corpus.size]:
-            now = f"it now has {corpus.size} utterances"
-            raise UserError(f"{options.data}: is not the corpus that {out} began with; {now}")
+        if state["corpus"] != corpus.fingerprint:
+            raise UserError(f"{options.data}: is not the corpus that {out} began with, or it has changed")
         kinds = KINDS[options.method] if state["multipliers"] is not None else ()
         model = read_ours(state["model"], out / STATE).model(kinds)
         run = cls(options, out, corpus, device, model, Progress(**state["progress"]))
@@ -926,11 +1022,12 @@ class Run:
         if state["optimizer"]:
             run.optimizer = make_optimizer(model, run.lagrangian, options.gate_lr)
             run.optimizer.load_state_dict(state["optimizer"])
+        run.saved = time.monotonic()
         cpu, cuda = state["random"][rank()]
         torch.set_rng_state(cpu)
         if cuda is not None and device.type == "cuda":
             torch.cuda.set_rng_state(cuda)
-        log.info("%s: goes on at %s %d/%d", out, run.progress.phase, run.progress.update, run.updates)
+        log.info("%s: goes on at %s", out, run.place)
         return run
 
 
@@ -943,7 +1040,7 @@ def read_state(out, options):
             raise UserError(f"{out}: holds another run; {goes_on}give another --out, or remove it")
         return None
     if STATE not in found:
-        if set(found) - {"log.txt", STATE + ".partial"}:
+        if set(found) - {"log.txt", "lock", STATE + ".partial"}:
             raise UserError(f"{out}: holds no {STATE} to --resume from; give the --out of a run, or another")
         log.info("%s: there is nothing to resume; the run begins", out)
         return None
@@ -955,8 +1052,12 @@ def read_state(out, options):
 
 
 def settings(options):
-    """What a run's result depends on: its flags, after the recipe has filled them in, and the number of processes."""
+    """What a run's result depends on: its flags, after the recipe has filled them in, and the number of processes.
+
+    The corpus itself is compared, and not its path; of the checkpoint, which is read once, the name alone.
+    """
     flags = {name: value for name, value in vars(options).items() if name not in NO_EFFECT_ON_RESULTS}
+    flags["checkpoint"] = options.checkpoint and Path(options.checkpoint).resolve().name
     return flags | {"processes": ranks()}
 
 
@@ -966,34 +1067,54 @@ def check_settings(options, state, out):
         then = state["settings"].get(name)
         if now != then:
             what = "torchrun's --nproc-per-node" if name == "processes" else flag(name)
-            other = f"was started with {what} {then}, and cannot go on with {now}"
-            raise UserError(f"{out}: {other}; give the run's own, or another --out")
+            then, now = (f"without {what}" if v is None or v is False else f"with {what} {v}" for v in (then, now))
+            raise UserError(f"{out}: was started {then}, and cannot go on {now}; give its own flags, or another --out")
 
 
 @contextlib.contextmanager
-def logged_to(path):
-    """A context in which what is logged goes into a file, too; in the process that writes."""
-    handler = logging.NullHandler() if rank() else logging.FileHandler(path, encoding="utf-8")
-    log.addHandler(handler)
-    try:
+def writing(run):
+    """A context in which this run alone writes to its folder, which holds a state, and what is logged goes there, too.
+
+    The lock is a database's: every system has it, and no death of a process leaves it behind.
+    """
+    with contextlib.ExitStack() as at_end:
+        if not rank():
+            run.out.mkdir(parents=True, exist_ok=True)
+            lock = sqlite3.connect(run.out / "lock", timeout=0, isolation_level=None)
+            try:
+                lock.execute("PRAGMA journal_mode=MEMORY")  # no file beside the lock
+                lock.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    raise UserError(f"{run.out}: another run is writing to it; give another --out, or wait") from error
+                log.warning("%s: cannot be locked (%s); see to it that no other run writes to it", run.out, error)
+            at_end.callback((run.out / "lock").unlink)
+            at_end.callback(lock.close)  # before, or Windows keeps the file
+            if run.saved is None and (run.out / STATE).exists():
+                raise UserError(f"{run.out}: another run has just begun in it; give another --out")
+        if run.saved is None:
+            run.save()
+        if not rank():
+            handler = logging.FileHandler(run.out / "log.txt", encoding="utf-8", errors="backslashreplace")
+            log.addHandler(handler)
+            at_end.callback(handler.close)
+            at_end.callback(log.removeHandler, handler)
         yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
 
 
 # --- Signals -------------------------------------------------------------------------------------------------------
 
-stopping = []  # the signals that asked this process to stop
+stopping = []  # why this process is to stop: the numbers of signals, or what went wrong as it read a batch
 
 
 class Stopped(Exception):
-    """A signal, of this number, asked the run to stop. It has saved itself."""
+    """The signal of this number asked the run to stop, and it has saved itself. place: where it was."""
 
-    def __init__(self, number, where):
-        name = signal.Signals(number).name
-        super().__init__(f"{name} stopped the run at {where}; the same command with --resume goes on")
-        self.number = number
+    place = "the start"
+
+    def __str__(self):
+        name = signal.Signals(self.args[0]).name
+        return f"{name} stopped the run at {self.place}; the same command with --resume goes on"
 
 
 def ask_to_stop(number, frame):
@@ -1003,51 +1124,56 @@ def ask_to_stop(number, frame):
     stopping.append(number)
 
 
-@contextlib.contextmanager
-def signals_blocked():
-    """A context to start processes in that outlive signals to the whole group: their parent saves, and ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def save_or_stop(run, asked):
-    """After an update: do what the processes were asked to (see mean_gradients)."""
-    stop, save = asked
+def save_or_stop(run, stop, save):
+    """After an update: do what any of the processes was asked to."""
     if stop or save:
         run.save()
     if stop:
-        raise Stopped((stopping or [signal.SIGTERM])[0], f"{run.progress.phase} {run.progress.update}/{run.updates}")
+        reason = (stopping or [signal.SIGTERM])[0]
+        if isinstance(reason, Exception):
+            raise reason
+        raise Stopped(reason)
 
 
 @contextlib.contextmanager
-def stoppable():
+def stoppable(run):
     """A context in which SIGTERM and Ctrl-C let the run save itself first."""
     stopping.clear()
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except Stopped as stopped:
+        stopped.place = run.place
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-# --- Many processes: torchrun starts one for each GPU --------------------------------------------------------------
+# --- Many processes: torchrun, or whatever sets RANK and WORLD_SIZE, starts one for each GPU -----------------------
 
 
 @contextlib.contextmanager
 def processes(device):
-    """A context in which this process is one of those that torchrun started, if it did.
+    """A context in which this process is one of those that a launcher started, if one did.
 
     Optimizers import torch.distributed.nn.functional, whose functions keep the group of that time as a default value.
     Its threads then outlive destroy_process_group, and abort the process as Python ends; so it is imported before.
     """
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE"):
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as error:
+            why = str(error).splitlines()[0]
+            raise UserError(f"RANK and WORLD_SIZE are set, and the processes cannot find each other ({why})") from error
         if rank():
             log.setLevel(logging.ERROR)
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if not dist.is_initialized() and int(os.environ.get(name) or 1) > 1:
+            raise UserError(
+                f"{name} is {os.environ[name]}, and without RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT each task"
+                " would train everything; start them by torchrun, set these for each task, or ask for one task"
+            )
     try:
         yield
         gather(None)  # so that none ends while the first still writes

@@ -53,7 +53,11 @@ class Position(nn.Module):
         """(batch, frames, width) -> the same."""
         norm = self.weight_v.square().sum((0, 1), keepdim=True).sqrt()
         weight = self.weight_v * (self.weight_g / norm)
-        y = F.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        # On CPUs with AMX, oneDNN's bfloat16 kernel is wrong where a group has fewer than 16 channels (torch 2.13).
+        narrow = x.device.type == "cpu" and weight.shape[1] < 16 and torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False) if narrow else contextlib.nullcontext():
+            x = x.to(weight.dtype) if narrow else x
+            y = F.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
         return F.gelu(y[..., : x.shape[1]]).transpose(1, 2)  # an even kernel makes one frame too many
 
 
@@ -351,8 +355,9 @@ class SpeechModel(nn.Module):
             readable = [u for u in group if isinstance(u, data.Utterance)]
             if sum(u.seconds for u in readable) > GROUP_SECONDS or number == len(paths):
                 found = {}
-                for batch in data.batches(readable, PIECE_SECONDS):
-                    found |= zip(map(id, batch), self.transcribe(*data.pad([u.audio for u in batch])))
+                with precision(self.dtype, self.head.weight.device):  # around all: weights are cast once
+                    for batch in data.batches(readable, PIECE_SECONDS):
+                        found |= zip(map(id, batch), self.transcribe(*data.pad([u.audio for u in batch])))
                 yield from (found.get(id(u), u) for u in group)
                 group = []
 
@@ -392,6 +397,21 @@ def exported(model):
 def precision(dtype, device):
     """A context in which convolutions and products compute in `dtype` (bfloat16), or as they are (float32)."""
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def check_precision(model):
+    """Raise UserError where a model's features in its dtype are far from those in float32: a backend may be wrong."""
+    waveform = data.synthesise(["seven"], np.random.default_rng(0))
+    waveform = torch.from_numpy(waveform / waveform.std())[None].to(model.head.weight.device)
+    exact, _ = model.eval().encoder(waveform)
+    with precision(model.dtype, waveform.device):
+        difference = ((model.encoder(waveform)[0] - exact).norm() / exact.norm()).item()
+    if not difference < 0.1:
+        raise UserError(
+            f"on this machine features in {str(model.dtype)[6:]} differ from those in float32 by {difference:.0%} of"
+            " their norm, so results would mean nothing; give --dtype float32"
+        )
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------------------------

@@ -3,17 +3,20 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import LETTERS, TINY, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-from flops import SMALL
+import sslprune
+from flops import BASE, SMALL, UserError
 from frontend import FirstConvolution, Projection
 from gates import KINDS, HardConcrete
-from transformer import SpeechModel, Wav2Vec2
+from transformer import Position, SpeechModel, Wav2Vec2, check_precision
 
 KIND_SETS = [("channels",), ("heads",), ("units",), KINDS["mac"]]
 
@@ -173,6 +176,72 @@ def test_slicing_a_model_in_training_takes_the_gates_of_evaluation():
     sliced = model.slice()
     with torch.no_grad():
         assert (sliced(waveforms)[0] - model.eval()(waveforms)[0]).abs().max() < 1e-5
+
+
+def wrong_in_bfloat16(monkeypatch, wrong):
+    """Let convolutions for which wrong(channels per group, groups) holds compute something else in bfloat16."""
+    conv1d = F.conv1d
+
+    def convolution(x, weight, *arguments, **more):
+        y = conv1d(x, weight, *arguments, **more)
+        return y.flip(1) if y.dtype == torch.bfloat16 and wrong(weight.shape[1], more.get("groups", 1)) else y
+
+    monkeypatch.setattr(F, "conv1d", convolution)
+
+
+def test_bfloat16_avoids_the_kernel_that_is_wrong_on_cpus_with_amx(monkeypatch):
+    """oneDNN's for grouped convolutions with few channels a group, which a patched one stands in for elsewhere."""
+    torch.manual_seed(0)
+    model, waveform = Wav2Vec2(SMALL).eval(), torch.randn(1, 8_000)
+    wrong_in_bfloat16(monkeypatch, lambda channels, groups: groups > 1 and channels < 16)
+    with torch.no_grad():
+        exact, _ = model(waveform)
+        with torch.autocast("cpu", torch.bfloat16):
+            features, _ = model(waveform)
+    assert 0 < (features - exact).norm() < 0.03 * exact.norm()
+
+
+def test_base_computes_its_positional_convolution_in_bfloat16():
+    torch.manual_seed(0)
+    position, x = Position(BASE.width, BASE.position_kernel, BASE.position_groups), torch.randn(1, 20, BASE.width)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert position(x).dtype == torch.bfloat16
+        assert Position(SMALL.width, SMALL.position_kernel, SMALL.position_groups)(x[..., :192]).dtype == torch.float32
+
+
+def test_a_backend_that_is_wrong_in_bfloat16_ends_a_run_before_it_begins(monkeypatch):
+    torch.manual_seed(0)
+    model = SpeechModel(Wav2Vec2(SMALL), "asr", LETTERS)
+    model.dtype = torch.bfloat16
+    check_precision(model)
+    for wrong in (lambda channels, groups: channels == 80, lambda channels, groups: groups == 1):
+        with monkeypatch.context() as patch:
+            wrong_in_bfloat16(patch, wrong)
+            with pytest.raises(UserError, match="--dtype float32"):
+                check_precision(model)
+            model.dtype = torch.float32
+            check_precision(model)
+            model.dtype = torch.bfloat16
+
+
+def test_weights_are_cast_once_for_all_batches_that_are_recognised():
+    model, copies = SpeechModel(tiny(), "slu", ["a", "b"]).eval(), []
+    model.dtype = torch.bfloat16
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), more=None):
+            if function is torch.ops.aten._to_copy.default and any(arguments[0] is p for p in model.parameters()):
+                copies.append(1)
+            return function(*arguments, **(more or {}))
+
+    counts, speech = [], np.random.default_rng(0).standard_normal(4_000).astype(np.float32)
+    for count in (1, 3):
+        corpus = data.Corpus("x", test=[data.Utterance(str(i), speech, 0.25, "", "a") for i in range(count)], size=count)
+        with Copies():
+            sslprune.evaluate(model, corpus, "test", 0.3)
+        counts.append(len(copies))
+        copies.clear()
+    assert counts[0] == counts[1] > 10
 
 
 def test_padding_and_slicing_change_nothing_in_bfloat16_beyond_its_precision():

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -35,16 +36,16 @@ def test_a_signal_during_an_evaluation_loses_nothing(small, capsys, monkeypatch,
         "--task slu --budget 0.8 --dense-updates 2 --prune-updates 3 --finetune-updates 2 --evaluate-updates 1".split()
     )
     moments, evaluate = [], sslprune.evaluate
-    monkeypatch.setattr(sslprune, "evaluate", lambda *a: moments.append(a) or evaluate(*a))
+    monkeypatch.setattr(sslprune, "evaluate", lambda *a, **more: moments.append(a) or evaluate(*a, **more))
     assert run(capsys, *flags, "--out", tmp_path / "whole")[0] == 0
     for moment in range(len(moments)):
         left = [moment]
 
-        def stopping(*arguments):
+        def stopping(*arguments, **more):
             if left[0] == 0:  # noqa: B023
                 sslprune.stopping.append(signal.SIGTERM)
             left[0] -= 1  # noqa: B023
-            return evaluate(*arguments)
+            return evaluate(*arguments, **more)
 
         monkeypatch.setattr(sslprune, "evaluate", stopping)
         assert run(capsys, *flags, "--out", tmp_path / str(moment))[0] == 128 + signal.SIGTERM
@@ -57,10 +58,10 @@ def test_a_signal_to_one_of_two_processes_during_an_evaluation_loses_nothing(tmp
     """They stop together, after the next update."""
     code = SLOW + (
         "stop_at, calls, evaluate = int(sys.argv.pop(1)), [], sslprune.evaluate\n"
-        "def stopping(*arguments):\n"
+        "def stopping(*arguments, **more):\n"
         "    calls.append(1)\n"
         "    if len(calls) == stop_at and sslprune.rank() == 1: sslprune.stopping.append(15)\n"
-        "    return evaluate(*arguments)\n"
+        "    return evaluate(*arguments, **more)\n"
         "sslprune.evaluate = stopping\n"
         "sys.exit(sslprune.main(sys.argv[1:]))\n"
     )
@@ -81,6 +82,54 @@ def test_a_signal_to_one_of_two_processes_during_an_evaluation_loses_nothing(tmp
     resumed = go(0, tmp_path / "run", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_audio_that_is_never_read_ends_the_run_in_one_line_and_loses_nothing(
+    small, capsys, monkeypatch, tmp_path, signalled
+):
+    flags = "--task slu --budget 0.8 --dense-updates 2 --prune-updates 3 --finetune-updates 2 --evaluate-updates 2"
+    flags, calls, load_batch, never = flags.split(), [], data.load_batch, threading.Event()
+    monkeypatch.setattr(data, "load_batch", lambda batch: calls.append(batch) or load_batch(batch))
+    assert run(capsys, *flags, "--out", tmp_path / "whole")[0] == 0
+    monkeypatch.setattr(sslprune, "PATIENCE", 60 if signalled else 1)
+    of_dev = [number for number, batch in enumerate(calls) if "dev" in batch[0].name]
+    for moment in (1, of_dev[0], of_dev[-1], len(calls) - 1):  # in training and in evaluations
+        left = [moment]
+
+        def hanging(batch):
+            left[0] -= 1  # noqa: B023
+            if left[0] == -1:  # noqa: B023
+                if signalled:
+                    sslprune.stopping.append(signal.SIGTERM)
+                never.wait()
+            return load_batch(batch)
+
+        monkeypatch.setattr(data, "load_batch", hanging)
+        result = run(capsys, *flags, "--out", tmp_path / str(moment))
+        if signalled:
+            assert result[0] == 128 + signal.SIGTERM
+        else:
+            refused((result[0], "", result[2]), "could not be read in 1 s", "--resume")
+        monkeypatch.setattr(data, "load_batch", load_batch)
+        assert run(capsys, *flags, "--out", tmp_path / str(moment), "--resume")[0] == 0
+        assert outcome(tmp_path / str(moment)) == outcome(tmp_path / "whole"), moment
+    never.set()
+
+
+def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(small, capsys, monkeypatch, tmp_path):
+    arguments = ["--task", "slu", "--budget", "0.8", *FAST, "--out", tmp_path / "run"]
+    results, train = [], sslprune.train
+
+    def meanwhile(run_):
+        if not results:
+            results.append(run(capsys, *arguments, "--resume"))
+        train(run_)
+
+    monkeypatch.setattr(sslprune, "train", meanwhile)
+    assert run(capsys, *arguments)[0] == 0
+    refused(results[0], "another run is writing to it")
+    assert not (tmp_path / "run" / "lock").exists()
 
 
 class Killed(BaseException):
@@ -339,22 +388,18 @@ def test_a_process_that_dies_ends_the_others_with_a_message(tmp_path):
 
 def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, capsys, monkeypatch, tmp_path):
     """Three batches per update, of one process or three: each batch once, the last update of what is left."""
-    seen, load_batches, mean_gradients = {}, sslprune.load_batches, sslprune.mean_gradients
+    seen, stream, mean_gradients = {}, sslprune.stream, sslprune.mean_gradients
     for ranks, accumulate in ((1, 3), (3, 1)):
         for rank in range(ranks):
-            loads, counts = [], []
+            groups, counts = [], []
             with monkeypatch.context() as patch:
                 patch.setattr(sslprune, "ranks", lambda: ranks)
                 patch.setattr(sslprune, "rank", lambda: rank)
                 patch.setattr(sslprune, "gather", lambda item: [item] * ranks)
                 patch.setattr(sslprune, "add_up", lambda tensors: tensors[0][1].fill_(1))  # some process had a batch
-                patch.setattr(sslprune, "evaluate", lambda *a: ({"word_error_rate": 0.0}, []))
+                patch.setattr(sslprune, "evaluate", lambda *a, **more: ({"word_error_rate": 0.0}, []))
                 patch.setattr(sslprune, "write", lambda *a: None)
-                patch.setattr(
-                    sslprune,
-                    "load_batches",
-                    lambda *a: loads.append([tuple(u.name for u in b) for b in a[0]]) or load_batches(*a),
-                )
+                patch.setattr(sslprune, "stream", lambda run: (groups.append(g) or g for g in stream(run)))
                 patch.setattr(
                     sslprune,
                     "mean_gradients",
@@ -370,15 +415,16 @@ def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, cap
                 ]
                 updates = "--dense-updates 12 --prune-updates 0 --finetune-updates 0".split()
                 assert run(capsys, *arguments, *updates)[0] == 0
-            seen[ranks, rank] = loads, counts
-    together, counts = seen[1, 0]
-    assert counts == [len(batches[i : i + 3]) for batches in together for i in range(0, len(batches), 3)][:12]
-    for epoch, batches in enumerate(together):
-        names = [name for batch in batches for name in batch]
-        assert len(names) == len(set(names)) == 40
-        parts = [seen[3, rank][0][epoch] for rank in range(3)]
-        assert sorted(batches) == sorted(batch for part in parts for batch in part)
-        assert parts[1] == batches[1::3]
+            assert counts == list(map(len, groups))
+            seen[ranks, rank] = [[tuple(u.name for u in batch) for batch in group] for group in groups]
+    together = seen[1, 0]
+    assert len(together) == 12
+    assert together == [sum(parts, []) for parts in zip(*(seen[3, rank] for rank in range(3)))]
+    names = [name for group in together for batch in group for name in batch]
+    for epoch in range(len(names) // 40):
+        assert len(set(names[40 * epoch : 40 * epoch + 40])) == 40
+    assert len(names) > 80
+    assert 3 > len(together[-1]) or any(len(group) < 3 for group in together)
 
 
 def test_the_mean_of_the_gradients_of_two_batches_is_the_gradient_of_both_in_one():
@@ -397,9 +443,9 @@ def test_the_mean_of_the_gradients_of_two_batches_is_the_gradient_of_both_in_one
     losses = [model.loss(waveforms[i : i + 1], lengths[i : i + 1], batch[i : i + 1]) for i in range(2)]
     for loss in losses:
         loss.backward()
-    mean, asked = sslprune.mean_gradients(run, [loss.detach() for loss in losses])
-    assert mean == pytest.approx(whole.item(), rel=1e-5)
-    assert asked == (False, False)
+    total, count, stop, save = sslprune.mean_gradients(run, [loss.detach() for loss in losses]).tolist()
+    assert total / count == pytest.approx(whole.item(), rel=1e-5)
+    assert (count, stop, save) == (2, 0, 0)
     assert all(torch.allclose(p.grad, e, atol=1e-6) for p, e in zip(model.parameters(), expected) if e is not None)
 
 
@@ -413,7 +459,7 @@ def test_the_gradients_of_weights_are_clipped_and_those_of_gates_are_not():
             p.grad = torch.full_like(p, size)
     norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in weights])).item()
     optimizer.param_groups[0]["lr"] = 0.0
-    sslprune.step(optimizer, 1.0, sslprune.Progress({}, False))
+    assert sslprune.step(optimizer, torch.tensor([6.0, 2, 0, 1]).double(), sslprune.Progress({}, False)) == (3.0, 0, 1)
     assert norm > 2 * sslprune.CLIP
     assert all(torch.allclose(p.grad, torch.tensor(0.1 * sslprune.CLIP / norm)) for p in weights)
     assert all((p.grad == 7).all() for p in gates)
@@ -509,11 +555,9 @@ def test_a_constraint_that_has_not_converged_is_reported_with_what_to_change(sma
 
 
 def test_over_long_utterances_are_left_out_of_training_only_and_counted(small, capsys, monkeypatch, tmp_path):
-    seen, load_batches = set(), sslprune.load_batches
+    seen, load_batch = set(), data.load_batch
     monkeypatch.setattr(
-        sslprune,
-        "load_batches",
-        lambda *a: seen.update(u.audio.parts[-4] + u.name for b in a[0] for u in b) or load_batches(*a),
+        data, "load_batch", lambda batch: seen.update(u.audio.parts[-4] + u.name for u in batch) or load_batch(batch)
     )
     corpus = make_librispeech(tmp_path / "corpus", 6)  # 0.5 s to 1 s
     assert (

@@ -232,18 +232,24 @@ def test_the_recipe_is_the_tasks_but_for_the_flags_that_are_given(small, tmp_pat
 
 
 def test_speeds_are_drawn_afresh_in_every_epoch_and_only_for_training(small, capsys, monkeypatch, tmp_path):
-    seen, load_batches = [], sslprune.load_batches
+    epochs, others, training_batches, load_batch = [], set(), data.training_batches, data.load_batch
+
+    def batches_of_an_epoch(*arguments):
+        batches = training_batches(*arguments)
+        epochs.append({u.name: u.speed for batch in batches for u in batch})
+        return batches
+
+    monkeypatch.setattr(data, "training_batches", batches_of_an_epoch)
     monkeypatch.setattr(
-        sslprune, "load_batches", lambda *a: seen.append({u.name: u.speed for b in a[0] for u in b}) or load_batches(*a)
+        data, "load_batch", lambda b: others.update(u.speed for u in b if "train" not in u.name) or load_batch(b)
     )
     updates = ["--dense-updates", "9", "--prune-updates", "9", "--finetune-updates", "9", "--batch-seconds", "30"]
     arguments = ["--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", "--speed-perturbation", "0.2", *updates]
     assert run(capsys, *arguments)[0] == 0
-    epochs = [speeds for speeds in seen if any("train" in name for name in speeds)]
     assert len(epochs) >= 6
     assert len({tuple(sorted(speeds.items())) for speeds in epochs}) == len(epochs)
     assert {speed for speeds in epochs for speed in speeds.values()} == {0.8, 1.0, 1.2}
-    assert {speed for speeds in seen if speeds not in epochs for speed in speeds.values()} == {1.0}
+    assert others == {1.0}
 
 
 def test_each_phase_trains(small, capsys, tmp_path):
@@ -281,12 +287,17 @@ def test_every_phase_trains_in_training_mode_for_its_updates(small, capsys, monk
 
 
 def test_ctc_from_scratch_begins_with_the_shortest_utterances(small, capsys, monkeypatch, tmp_path):
-    seen, load_batches = [], sslprune.load_batches
-    monkeypatch.setattr(
-        sslprune, "load_batches", lambda *a: seen.append([b[0].seconds for b in a[0]]) or load_batches(*a)
-    )
+    seen, training_batches = [], data.training_batches
+
+    def batches_of_an_epoch(*arguments):
+        batches = training_batches(*arguments)
+        seen.append([batch[0].seconds for batch in batches])
+        return batches
+
+    monkeypatch.setattr(data, "training_batches", batches_of_an_epoch)
     run(capsys, "--task", "asr", "--budget", "1", "--out", tmp_path / "run", "--batch-seconds", "5", *FAST)
-    first, *_, later = [longest for longest in seen if len(longest) > 4]
+    first, *_, later = seen
+    assert len(first) > 4
     assert first == sorted(first)
     assert later != sorted(later)
 
@@ -334,10 +345,24 @@ def test_a_dense_checkpoint_of_ours_is_pruned_without_a_dense_phase_and_keeps_it
     assert second["metrics"]["dense"] == first["metrics"]["dense"]
     assert second["checkpoint"] == str(checkpoint)
     status, printed, _ = run(
-        capsys, "--task", "asr", "--budget", "0.7", "--out", tmp_path / "c", "--checkpoint", checkpoint, *FAST[2:]
+        capsys, "--task", "asr", "--budget", "0.7", "--out", tmp_path / "c", "--checkpoint", checkpoint, *FAST
     )
-    assert status == 0  # another task: the encoder only
-    assert report_of(tmp_path / "c")["metrics"]["dense"] is None
+    assert status == 0  # another task: the encoder only, whose new head is trained first
+    assert "phase 1 of 3, dense" in printed
+    assert report_of(tmp_path / "c")["metrics"]["dense"] is not None
+
+
+def test_a_head_that_is_new_is_trained_in_a_dense_phase_unless_its_updates_are_given(small, tmp_path):
+    model = sslprune.SpeechModel(sslprune.Wav2Vec2(sslprune.SMALL), "slu", ["alarm_set", "weather_query"])
+    sslprune.save_model(model, tmp_path / "model.pt")
+    updates = {}
+    for task, more in (("slu", []), ("asr", []), ("asr", ["--dense-updates", "0"]), ("slu", ["--dense-updates", "7"])):
+        arguments = ["--task", task, "--budget", "0.8", "--checkpoint", str(tmp_path / "model.pt"), *more]
+        options = sslprune.parse([*arguments, "--out", str(tmp_path / "run")])
+        sslprune.prepare(options, torch.device("cpu"))
+        updates[task, *more] = options.dense_updates
+    dense = sslprune.RECIPES["small"]["dense_updates"]
+    assert list(updates.values()) == [0, dense, 0, 7]
 
 
 @pytest.mark.parametrize("layout", ["hf_pretraining", "torchaudio", "fairseq"])
@@ -352,12 +377,12 @@ def test_public_checkpoints_are_pruned(golden, capsys, tmp_path, layout):
         corpus,
         "--out",
         tmp_path / "out",
-        *FAST[2:],
+        *FAST,
     ]
     status, printed, errors = run(capsys, *arguments)
     assert (status, errors) == (0, "")
     assert 0.75 < report_of(tmp_path / "out")["achieved"] <= 0.8
-    assert "phase 1 of 2, prune" in printed
+    assert "phase 2 of 3, prune" in printed
 
 
 @pytest.mark.parametrize(("make", "task"), [(make_slurp, "slu"), (make_slurp, "asr"), (make_librispeech, "asr")])
