@@ -104,23 +104,24 @@ def corpus_folder(path):
 
 
 def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False, raw_text=False):
-    """The corpus at `path`, read in its own layout: manifests, SLURP, LibriSpeech, a Kaldi data directory, or "demo".
+    """The corpus at `path`, read in its own layout: tables and other manifests, SLURP, LibriSpeech, Kaldi's, or "demo".
 
     task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the demo's training split. raw_text: as for
     `transcript`. subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names in SUBSETS, joined by
     commas. splits: those that must be there, or without "train" among them one of them; the others stay empty.
-    Bad utterances are left out, and named in `skipped`.
     Raises UserError for another layout, for a missing or empty split, and where over 1 % are bad and not `skip_bad`.
     """
     root, subsets = corpus_folder(path), {split: names for split, names in (subsets or {}).items() if names}
+    if root is None and subsets:
+        raise UserError("the demo corpus has no subsets to choose from")
     if root is None:
-        if subsets:
-            raise UserError("the demo corpus has no subsets to choose from")
         return demo_corpus(task, seed, raw_text)
     kind = layout(root, subsets, splits)
     corpus, dropped = Corpus(kind, skip_bad=skip_bad), Counter()
-    names = {split: joined.split(",") for split, joined in (SUBSETS[kind] | subsets).items()}
-    files = {split: {name: subset_files(root, kind, glob.escape(name)) for name in names[split]} for split in SPLITS}
+    files = {  # of each subset of each split
+        split: {name: subset_files(root, kind, glob.escape(name)) for name in names.split(",")}
+        for split, names in (SUBSETS[kind] | subsets).items()
+    }
     there = {split for split in SPLITS if split in subsets or all(files[split].values())}
     lends = "dev" in splits and "dev" not in there and ("train" in splits or "train" in there)
     wanted = set(splits) - {"dev"} | {"train"} if lends else set(splits)
@@ -144,16 +145,16 @@ def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False,
     if lends:
         lend_dev(corpus, needed="train" in splits or not corpus.test)
     if task == "asr" and dropped:
-        shown = ("".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in what) for what, _ in dropped.most_common())
-        counts = ", ".join(f"{what} ({times})" for what, (_, times) in zip(shown, dropped.most_common()))
+        counts = ", ".join(f"{what} ({times})" for what, times in dropped.most_common())
+        counts = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in counts)
         log.info("left out of the transcripts: %s; --raw-text keeps transcripts as they are", counts)
     return corpus
 
 
 def layout(root, subsets, splits):
-    """The kind of the corpus in a folder: the first of SUBSETS of which a subset is there that is asked for.
+    """The kind of the corpus in a folder: the first of SUBSETS of which there is a subset that is asked for.
 
-    Where there is none, the kind of which any subset is there, so that the error can say what is missing.
+    If there is none, the kind of which there is another one, so that an error can say what is missing.
     """
     for kind, names in SUBSETS.items():
         asked = ",".join((names | subsets)[split] for split in splits).split(",")
@@ -164,33 +165,32 @@ def layout(root, subsets, splits):
             return kind
     if (root / "wav.scp").exists():
         raise UserError(f"{root}: is one subset; give the folder around it, and name subsets by --train, --dev, --test")
-    raise UserError(
-        f"{root}: is no known corpus; a table is train.tsv, .csv or .jsonl, a Kaldi data directory has SUBSET/wav.scp,"
-        " LibriSpeech SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl"
-    )
+    layouts = "NAME.tsv, NAME.csv, NAME.jsonl, Kaldi's NAME/wav.scp, LibriSpeech's NAME/SPEAKER/CHAPTER/*.trans.txt"
+    raise UserError(f"{root}: is no known corpus; a subset is {layouts} or SLURP's dataset/slurp/NAME.jsonl")
 
 
 def subset_files(root, kind, name):
-    """The files that say what is in a subset; of tables, the first is read. name: as glob has patterns."""
-    if kind == "LibriSpeech":
-        return listed(root, f"{name}/*/*/*.trans.txt")
-    if kind == "Kaldi":
-        return listed(root, f"{name}/wav.scp")
-    found = listed(root, f"dataset/slurp/{name}.jsonl") if kind == "SLURP" else []
-    for path in listed(root, *(f"{name}.{ending}" for ending in ("[tT][sS][vV]", "[cC][sS][vV]", "[jJ][sS][oO][nN][lL]"))):
+    """The files that make a subset. Of tables, the first is read. name: a pattern of glob's."""
+    tables = [f"{name}.{ending}" for ending in ("[tT][sS][vV]", "[cC][sS][vV]", "[jJ][sS][oO][nN][lL]")]
+    patterns = {
+        "table": tables,
+        "SLURP": [f"dataset/slurp/{name}.jsonl", f"{name}.jsonl"],
+        "LibriSpeech": [f"{name}/*/*/*.trans.txt"],
+        "Kaldi": [f"{name}/wav.scp"],
+    }
+
+    def is_slurp(path):
         with open(path, "rb") as file:
-            is_slurp = re.search(rb'"recordings"\s*:', next(filter(bytes.strip, file), b"")) is not None
-        found += [path] * (is_slurp == (kind == "SLURP"))
-    return found
+            return re.search(rb'"recordings"\s*:', file.read(2**16)) is not None
+
+    found = [path for pattern in patterns[kind] for path in listed(root, pattern)]
+    return [path for path in found if kind in ("LibriSpeech", "Kaldi") or is_slurp(path) == (kind == "SLURP")]
 
 
-def listed(folder, *patterns):
-    """The files in a folder that match the first pattern, sorted, then those that match the next. No pipes or devices.
-
-    Names that begin with a dot match no pattern: macOS leaves such beside the real files.
-    """
-    found = [folder / path for pattern in patterns for path in sorted(glob.glob(pattern, root_dir=folder))]
-    return list(filter(os.path.isfile, found))
+def listed(folder, pattern):
+    """The files in a folder that match a pattern, sorted: no pipes, and no names with a dot first, as macOS leaves."""
+    found = (folder / path for path in sorted(glob.glob(pattern, root_dir=folder)))
+    return [path for path in found if path.is_file()]
 
 
 def lend_dev(corpus, needed):
@@ -297,58 +297,55 @@ COLUMNS = {  # of a manifest: the names by which a column goes
 
 
 def read_manifest(root, files, task, skip):
-    """NAME.tsv, .csv or .jsonl: a row or an object is an utterance, of which COLUMNS are read and others ignored.
+    """NAME.tsv, .csv or .jsonl: Common Voice's, NeMo's, pandas'. COLUMNS are read of each row or object.
 
-    Audio is in the corpus's folder, or in clips/ in it. Common Voice is such a corpus (its paths once lacked .mp3), and so
-    are NeMo's manifests and what pandas writes.
+    Audio is in the corpus's folder, or in clips/ in it; the paths of Common Voice once lacked its .mp3.
     """
     path, needed = files[0], "text" if task == "asr" else "intent"
     for number, row in _objects(path, skip) if path.suffix.lower() == ".jsonl" else _rows(path, needed, skip):
-        found = [[row[key] for key in keys if row.get(key) not in (None, "")] for keys in COLUMNS.values()]
-        if any(type(value) not in (str, int, float) for values in found for value in values):
-            skip(f"{path}: line {number} has something other than text in it")
-            continue
-        cells = dict(zip(COLUMNS, (str(*values[:1]).strip() for values in found)))
+        found = ([row[key] for key in keys if row.get(key) not in (None, "")] or [""] for keys in COLUMNS.values())
+        cells = {what: values[0] for what, values in zip(COLUMNS, found)}
+        lacking = [what for what, cell in cells.items() if type(cell) not in (str, int, float)]
+        cells = {what: str(cell).strip() for what, cell in cells.items()}
+        lacking += [what for what in ("path", needed) if not cells[what]]
         name = cells.pop("path")
         if str(row.get("offset") or "").strip(" +-0."):
             raise UserError(f"{path}: line {number} is a part of {name}; cut recordings up, one file an utterance")
-        if not is_name(name) or not cells[needed]:
-            skip(f"{path}: line {number} has no {needed if is_name(name) else 'path'}")
+        if lacking or not is_name(name):
+            skip(f"{path}: line {number} has no {lacking[0] if lacking else 'path'}, or not as text")
             continue
         paths = [folder / f"{name}{ending}" for ending in ("", ".mp3") for folder in (root, root / "clips")]
         yield Utterance(name, _first_file(paths), 0.0, **cells)
 
 
 def _rows(path, needed, skip):
-    """(line, {column: field}) of each row of a table. Raises UserError where no column is the path or what is needed."""
-    lines, is_tsv = _lines(path), path.suffix.lower() == ".tsv"
-    delimiter = "\t" if is_tsv else next((d for d in ",;\t" if lines and d in lines[0][1]), ",")
+    """(line, {column: field}) of each row of a table. Raises UserError where it has no path, or not what is needed."""
+    lines, is_tsv = _lines(path) or [(1, "")], path.suffix.lower() == ".tsv"
+    delimiter = "\t" if is_tsv else next((d for d in ",;\t" if d in lines[0][1]), ",")
     csv.field_size_limit(2**31 - 1)  # pandas writes whole arrays
-    reader, start = csv.reader((line + "\n" for _, line in lines), delimiter=delimiter, strict=True), 0
-    rows, plain = [], [(number, line.rstrip("\r").split("\t")) for number, line in lines]
+    reader = csv.reader((line + "\n" for _, line in lines), delimiter=delimiter, strict=True)
+    plain = [(number, line.rstrip("\r").split("\t")) for number, line in lines]
+
+    def misfits(rows):
+        return sum(len(fields) != len(rows[0][1]) for _, fields in rows)
+
     try:
-        for fields in reader:
-            rows.append((lines[start][0], fields))
-            start = reader.line_num
-        # In Common Voice a quotation mark belongs to its sentence, and those of two sentences are not a pair.
-        by_chance = any("\t" in field and "\n" in field for _, fields in rows for field in fields)
-        misfits = [sum(len(fields) != len(found[0][1]) for _, fields in found) for found in (rows, plain)]
-        if is_tsv and (by_chance or misfits[0] > misfits[1]):
+        rows = [(lines[reader.line_num - 1][0], fields) for fields in reader]
+        # Common Voice's quotation marks are its sentences': those of two may look like a pair.
+        if is_tsv and (misfits(rows) > misfits(plain) or any("\t" in f and "\n" in f for _, row in rows for f in row)):
             rows = plain
     except csv.Error as error:
         if not is_tsv:
             raise UserError(f"{path}: line {lines[reader.line_num - 1][0]} is no CSV ({error})") from error
         rows = plain
-    (_, header), *rows = rows or [(0, [])]
-    columns = {name.strip(): i for i, name in enumerate(header)}
+    columns = [name.strip() for name in rows[0][1]]
     for what in ("path", needed):
-        if not columns.keys() & COLUMNS[what]:
+        if not set(columns) & set(COLUMNS[what]):
             names, parted = " or ".join(COLUMNS[what]), "tabs" if is_tsv else "commas, semicolons or tabs"
             raise UserError(f"{path}: its first line names no column {names}; columns are separated by {parted}")
-    last = max(i for name, i in columns.items() if any(name in names for names in COLUMNS.values()))
-    for number, fields in rows:
-        if len(fields) <= last or any(fields[len(header) :]):
-            skip(f"{path}: line {number} has {len(fields)} fields, and the first line {len(header)}")
+    for number, fields in rows[1:]:
+        if any(fields[len(columns) :]):
+            skip(f"{path}: line {number} has {len(fields)} fields, more than the first line")
         else:
             yield number, dict(zip(columns, fields))
 
@@ -371,24 +368,22 @@ def read_slurp(root, files, task, skip):
 
     Each recording is an utterance. The class is scenario_action: the field `intent` lacks the scenario on some lines.
     """
-    parents = (root, root / "audio", root / "scripts" / "audio")
-    audio = [parent / kind for kind in ("slurp_real", "slurp_synth") for parent in parents]
+    audio = [root / place / kind for kind in ("slurp_real", "slurp_synth") for place in ("", "audio", "scripts/audio")]
     audio = [folder for folder in audio if folder.is_dir()]
     if not audio:
         raise UserError(f"{root}: holds no recordings in slurp_real/, audio/slurp_real/ or scripts/audio/slurp_real/")
-    path = files[0]
-    for number, entry in _objects(path, skip):
+    for number, entry in _objects(files[0], skip):
         try:
             scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
-            files = [str(recording["file"]) for recording in entry["recordings"]]
+            names = [str(recording["file"]) for recording in entry["recordings"]]
             if not is_name(scenario) or not is_name(action):
                 raise ValueError("scenario or action is no name")
         except (ValueError, KeyError, TypeError) as error:
-            skip(f"{path}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
+            skip(f"{files[0]}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
             continue
-        for file in files:
+        for file in names:
             if Path(file).name != file or not is_name(file):
-                skip(f"{path}: line {number} names no recording of the corpus: {file[:80]!r}")
+                skip(f"{files[0]}: line {number} names no recording of the corpus: {file[:80]!r}")
                 continue
             yield Utterance(file, _first_file([folder / file for folder in audio]), 0.0, text, f"{scenario}_{action}")
 
@@ -429,10 +424,10 @@ def opened(path, pipes=True):
     audio, or promises more than can be speech; also for what goes wrong in the context with it.
     """
     try:
-        if not pipes and not stat.S_ISREG(os.stat(path).st_mode):
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+        if not is_file and not pipes:
             raise UserError(f"{path}: is no regular file")
         with open(path, "rb") as source:
-            is_file = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
             file = source if is_file else io.BytesIO(source.read())
             # A descriptor is a third faster, and nothing is printed of damaged files. Windows' are a C runtime's own.
             with soundfile.SoundFile(file.fileno() if is_file and os.name == "posix" else file, closefd=False) as sound:
@@ -491,17 +486,12 @@ def resample(samples, rate):
     if rate == SAMPLE_RATE:
         return samples
     ratio = Fraction(rate).limit_denominator(SAMPLE_RATE) / SAMPLE_RATE
-    # With zeros behind the samples both lengths are products of small numbers: a prime's FFT takes ten times longer.
-    length = fast_length(math.ceil(len(samples) / ratio.numerator))
+    # With zeros behind the samples both lengths are products of 2, 3 and 5: a prime's FFT takes ten times longer.
+    needed, odd = math.ceil(len(samples) / ratio.numerator), [3**i * 5**j for i in range(5) for j in range(4)]
+    length = min(o << (math.ceil(needed / o) - 1).bit_length() for o in odd)
     spectrum = np.fft.rfft(samples, length * ratio.numerator)
     count = max(1, round(len(samples) / ratio))
     return (np.fft.irfft(spectrum, length * ratio.denominator)[:count] / float(ratio)).astype(np.float32)
-
-
-def fast_length(length):
-    """The smallest product of powers of 2, 3 and 5 that is at least `length`."""
-    odd = [3**i * 5**j for i in range(5) for j in range(4)]
-    return min(o << (math.ceil(length / o) - 1).bit_length() for o in odd)
 
 
 def waveform(utterance):
@@ -535,18 +525,14 @@ def training_batches(utterances, frames, ctc, speed_perturbation, batch_seconds,
         longest = max((u.seconds for u in utterances), default=0)
         played = zip(utterances, perturb_speed(utterances, speed_perturbation, rng))
         utterances = [new if new.seconds <= longest and fits(new, frames, ctc) else old for old, new in played]
-    if shortest_first:
-        return batches(utterances, batch_seconds)[::-1]
-    return batches(utterances, batch_seconds, rng)
+    return batches(utterances, batch_seconds)[::-1] if shortest_first else batches(utterances, batch_seconds, rng)
 
 
 def usable(utterances, corpus, frames, ctc):
     """The utterances that make enough frames; the others are skipped. Arguments as for `training_batches`."""
-    kept = []
+    kept = [u for u in utterances if fits(u, frames, ctc)]
     for u in utterances:
-        if fits(u, frames, ctc):
-            kept.append(u)
-        else:
+        if not fits(u, frames, ctc):
             made, needed = max(0, frames(round(u.seconds * SAMPLE_RATE))), frames_needed(u.text) if ctc else 1
             corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {made} frames; {needed} are needed")
     return kept
@@ -735,15 +721,12 @@ PHONES = {
 }  # fmt: skip
 
 # Each stop has the silence of its closure before it.
-WORDS = {
-    "zero": "zIrO", "one": "wVn", "two": "_tu", "three": "Tri", "four": "fOr", "five": "faIv", "six": "sI_ks",
-    "seven": "sEvVn", "eight": "EI_t", "nine": "naIn", "a": "V", "alarm": "Vlarm", "an": "An", "any": "Eni",
-    "at": "A_t", "coffee": "_kOfi", "email": "imEIl", "for": "fOr", "in": "In", "is": "Iz", "it": "I_t",
-    "lights": "laI_ts", "louder": "laU_dR", "make": "mEI_k", "me": "mi", "music": "myuzI_k", "my": "maI",
-    "new": "nu", "now": "naU", "off": "Of", "play": "_plEI", "rain": "rEIn", "read": "ri_d", "room": "rum",
-    "set": "sE_t", "some": "sVm", "stop": "s_ta_p", "the": "DV", "time": "_taIm", "turn": "_tRn", "up": "V_p",
-    "wake": "wEI_k", "weather": "wEDR", "what": "wV_t", "will": "wIl",
-}  # fmt: skip
+WORDS = dict(pair.split(":") for pair in (
+    "zero:zIrO one:wVn two:_tu three:Tri four:fOr five:faIv six:sI_ks seven:sEvVn eight:EI_t nine:naIn a:V "
+    "alarm:Vlarm an:An any:Eni at:A_t coffee:_kOfi email:imEIl for:fOr in:In is:Iz it:I_t lights:laI_ts louder:laU_dR "
+    "make:mEI_k me:mi music:myuzI_k my:maI new:nu now:naU off:Of play:_plEI rain:rEIn read:ri_d room:rum set:sE_t "
+    "some:sVm stop:s_ta_p the:DV time:_taIm turn:_tRn up:V_p wake:wEI_k weather:wEDR what:wV_t will:wIl "
+).split())  # fmt: skip
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # Intents named as SLURP names them, scenario_action; # is any digit.
@@ -802,17 +785,15 @@ def demo_corpus(task, seed, raw_text=False):
 
     seed: of the training split; dev and test are the same for all.
     """
-    splits = {}
+    corpus = Corpus("demo", size=sum(DEMO_SIZES.values()))
     for number, (split, size) in enumerate(DEMO_SIZES.items()):
         rng = np.random.default_rng([seed if split == "train" else 0, number])
-        splits[split] = []
         for i in range(size):
-            if task == "asr":
-                intent, words = "", list(rng.choice(ASR_WORDS, rng.integers(1, 5)))
-            else:
+            intent, words = "", rng.choice(ASR_WORDS, rng.integers(1, 5)) if task == "asr" else ()
+            if task == "slu":
                 intent = list(COMMANDS)[i % len(COMMANDS)]
                 words = [rng.choice(DIGITS) if word == "#" else word for word in rng.choice(COMMANDS[intent]).split()]
-            samples = synthesise(words, rng)
-            seconds, text = len(samples) / SAMPLE_RATE, transcript(" ".join(words), raw_text)
-            splits[split].append(Utterance(f"demo-{split}-{i:04}", samples, seconds, text, intent))
-    return Corpus("demo", **splits, size=sum(DEMO_SIZES.values()))
+            samples, text = synthesise(words, rng), transcript(" ".join(words), raw_text)
+            name, seconds = f"demo-{split}-{i:04}", len(samples) / SAMPLE_RATE
+            getattr(corpus, split).append(Utterance(name, samples, seconds, text, intent))
+    return corpus
