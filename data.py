@@ -117,6 +117,7 @@ def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False,
     if root is None:
         return demo_corpus(task, seed, raw_text)
     kind = layout(root, subsets, splits)
+    read = {"table": read_manifest, "SLURP": read_slurp, "LibriSpeech": read_librispeech, "Kaldi": read_kaldi}[kind]
     corpus, dropped = Corpus(kind, skip_bad=skip_bad), Counter()
     files = {  # of each subset of each split
         split: {name: subset_files(root, kind, glob.escape(name)) for name in names.split(",")}
@@ -132,7 +133,7 @@ def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False,
             if not found:
                 place = root / (name + {"table": ".tsv", "SLURP": ".jsonl"}.get(kind, ""))
                 raise UserError(f"{place}: there is no such {split} subset; name what there is with --{split}")
-            for utterance in READERS[kind](root, found, task, corpus.skip):
+            for utterance in read(root, found, task, corpus.skip):
                 try:
                     getattr(corpus, split).append(measured(utterance, task, corpus.announced, raw_text, dropped))
                 except UserError as error:
@@ -171,9 +172,8 @@ def layout(root, subsets, splits):
 
 def subset_files(root, kind, name):
     """The files that make a subset. Of tables, the first is read. name: a pattern of glob's."""
-    tables = [f"{name}.{ending}" for ending in ("[tT][sS][vV]", "[cC][sS][vV]", "[jJ][sS][oO][nN][lL]")]
     patterns = {
-        "table": tables,
+        "table": [name + ending for ending in (".[tT][sS][vV]", ".[cC][sS][vV]", ".[jJ][sS][oO][nN][lL]")],
         "SLURP": [f"dataset/slurp/{name}.jsonl", f"{name}.jsonl"],
         "LibriSpeech": [f"{name}/*/*/*.trans.txt"],
         "Kaldi": [f"{name}/wav.scp"],
@@ -325,14 +325,11 @@ def _rows(path, needed, skip):
     csv.field_size_limit(2**31 - 1)  # pandas writes whole arrays
     reader = csv.reader((line + "\n" for _, line in lines), delimiter=delimiter, strict=True)
     plain = [(number, line.rstrip("\r").split("\t")) for number, line in lines]
-
-    def misfits(rows):
-        return sum(len(fields) != len(rows[0][1]) for _, fields in rows)
-
     try:
         rows = [(lines[reader.line_num - 1][0], fields) for fields in reader]
-        # Common Voice's quotation marks are its sentences': those of two may look like a pair.
-        if is_tsv and (misfits(rows) > misfits(plain) or any("\t" in f and "\n" in f for _, row in rows for f in row)):
+        # Common Voice's quotation marks are its sentences', and those of two may look like a pair.
+        ragged = [len({len(fields) for _, fields in found}) > 1 for found in (rows, plain)]
+        if is_tsv and (ragged == [True, False] or any("\t" in f and "\n" in f for _, fields in rows for f in fields)):
             rows = plain
     except csv.Error as error:
         if not is_tsv:
@@ -386,9 +383,6 @@ def read_slurp(root, files, task, skip):
                 skip(f"{files[0]}: line {number} names no recording of the corpus: {file[:80]!r}")
                 continue
             yield Utterance(file, _first_file([folder / file for folder in audio]), 0.0, text, f"{scenario}_{action}")
-
-
-READERS = {"table": read_manifest, "SLURP": read_slurp, "LibriSpeech": read_librispeech, "Kaldi": read_kaldi}
 
 
 def _lines(path):
@@ -757,9 +751,7 @@ def synthesise(words, rng):
     smooth = np.hanning(5) / np.hanning(5).sum()  # over 30 ms
     tracks = np.stack([np.convolve(np.pad(t, 2, mode="edge"), smooth, "valid") for t in tracks.T])
     voice, noise, formants = tracks[0], tracks[1], tracks[2:] * tract
-
-    frames = len(voice)
-    samples = frames * hop + window
+    frames, samples = len(voice), len(voice) * hop + window
     vibrato = np.sin(2 * np.pi * rng.uniform(2, 5) * np.arange(samples) / SAMPLE_RATE)
     contour = pitch * (1.1 - 0.25 * np.linspace(0, 1, samples)) * (1 + 0.03 * vibrato)
     pulses = np.diff(np.floor(np.cumsum(contour) / SAMPLE_RATE), prepend=0) * np.sqrt(SAMPLE_RATE / pitch)
