@@ -210,10 +210,7 @@ def lend_dev(corpus, needed):
 
 
 def measured(utterance, task, announced, raw_text=False, dropped=None):
-    """The utterance with its length, from the header of its file, and its `transcript`. Raises UserError.
-
-    announced: a set of the changes of audio that have been logged, so that each is once.
-    """
+    """The utterance with the length of its file, and its `transcript`. announced: a set of what has been logged once."""
     path = utterance.audio
     with opened(path, pipes=False) as (sound, _):
         frames, rate, channels = sound.frames, sound.samplerate, sound.channels
@@ -250,10 +247,9 @@ def read_librispeech(root, files, task, skip):
 
 
 def read_kaldi(root, files, task, skip):
-    """SUBSET/wav.scp, `ID PATH` a line, SUBSET/text, `ID TEXT`, and SUBSET/utt2spk.
+    """SUBSET/wav.scp, `ID PATH` a line, SUBSET/text, `ID TEXT`, SUBSET/utt2spk, and SUBSET/utt2intent or text for it.
 
-    Paths are from the corpus's folder, or from the current one, which is the recipe's where a recipe has written them.
-    The intent is SUBSET/utt2intent's, `ID INTENT` a line; where there is none, the text itself.
+    Paths are from the corpus's folder, or from the current one: recipes write them from where they run.
     """
     folder = files[0].parent
     if (folder / "segments").exists():
@@ -538,10 +534,7 @@ def fits(utterance, frames, ctc):
 
 
 def perturb_speed(utterances, change, rng):
-    """The utterances at random slower by `change`, as they are, or faster, with their pitch: more voices.
-
-    (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with 0.1.) rng: numpy Generator.
-    """
+    """The utterances slower by `change`, as they are, or faster, at random, with their pitch (Ko et al. 2015: 0.1)."""
     speeds = rng.choice([1 - change, 1.0, 1 + change], len(utterances)).tolist()
     return [replace(u, speed=speed, seconds=u.seconds / speed) for u, speed in zip(utterances, speeds)]
 
@@ -568,8 +561,7 @@ def batches(utterances, seconds, rng=None):
 def load_batch(batch):
     """(utterances, waveforms (batch, samples) float32, lengths (batch,) int64, bad) of a list of utterances.
 
-    What could not be read is left out, and `bad` has the reasons. Where nothing is left, utterances is empty and the
-    tensors are None.
+    What cannot be read is left out, and `bad` has the reasons. Where nothing is left, the tensors are None.
     """
     kept, waveforms, bad = [], [], []
     for utterance in batch:
@@ -593,10 +585,10 @@ NOISE = "|".join(rf"\{a}[/|_]?[^\W\d_][^{re.escape(''.join(BRACKETS))}]{{0,38}}\
 
 
 def normalise(text, dropped=None):
-    """A transcript as it is trained on and compared, in upper case: words of letters, marks, digits and apostrophes.
+    """A transcript in upper case, of letters, marks, digits and apostrophes of any script; all else becomes a space.
 
-    So are superscripts and tone letters, and between letters of one word what INNER has. Marks of noise, such as <unk>
-    and [laughs], are no words. dropped: a Counter of the marks and characters that are left out.
+    Superscripts and tone letters stay, and INNER inside a word. Marks of noise such as <unk> and [laughs]
+    are no words. dropped: a Counter, which is told of each character and mark of noise that is left out.
     """
     text = unicodedata.normalize("NFC", text.translate(WIDTHS))  # NFKC would make a letter of a superscript
     noise, text = re.findall(NOISE, text), re.sub(NOISE, " ", text)
@@ -648,13 +640,10 @@ def is_mark(label):
 
 
 def decode(outputs, labels):
-    """Greedy CTC decoding of the best outputs (frames,) int: without repeats, blanks and marks.
-
-    Labels may be of several characters, such as phonemes, or word pieces, where \u2581 is a space.
-    """
+    """Greedy CTC decoding of the best outputs (frames,) int: without repeats, blanks and marks."""
     best = [labels[output] for output in torch.unique_consecutive(outputs).tolist() if output]
-    spelled = ("\u2581" if label == SPACE else label for label in best if not is_mark(label))
-    return " ".join("".join(spelled).replace("\u2581", " ").split())
+    spelled = [" " if label == SPACE else label for label in best if not is_mark(label)]
+    return " ".join("".join(spelled).replace("\u2581", " ").split())  # U+2581 begins a word in vocabularies of pieces
 
 
 def frames_needed(text):
@@ -735,7 +724,6 @@ COMMANDS = {
     "weather_query": ("what is the weather", "weather now", "will it rain"),
 }
 ASR_WORDS = (*DIGITS, "alarm", "lights", "music", "play", "stop", "weather")
-
 DEMO_SIZES = {"train": 800, "dev": 100, "test": 200}  # utterances
 
 
@@ -773,10 +761,7 @@ def synthesise(words, rng):
 
 
 def demo_corpus(task, seed, raw_text=False):
-    """The demo corpus: strings of one to four words for asr, commands with an intent for slu.
-
-    seed: of the training split; dev and test are the same for all.
-    """
+    """Strings of one to four words for asr, commands with an intent for slu. seed: of the training split alone."""
     corpus = Corpus("demo", size=sum(DEMO_SIZES.values()))
     for number, (split, size) in enumerate(DEMO_SIZES.items()):
         rng = np.random.default_rng([seed if split == "train" else 0, number])

@@ -497,7 +497,7 @@ def test_rows_of_a_table_that_cannot_be_used_are_skipped_with_their_reason(tmp_p
     assert len(corpus.train) == 12
     assert [
         word in reason
-        for word, reason in zip(("missing.mp3: is missing", "train.tsv: line 15", "transcript is empty"), corpus.skipped)
+        for word, reason in zip(("missing.mp3: is missing", ".tsv: line 15", "transcript is empty"), corpus.skipped)
     ] == [True] * 3
     path.write_text(path.read_text() + "2\ttrain-1.mp3\ta\t \tc\td\n")
     assert any("intent" in reason for reason in open_corpus(root, "slu", skip_bad=True).skipped)
@@ -780,7 +780,8 @@ def test_a_corpus_is_known_by_what_is_in_it_and_not_by_where_it_is(tmp_path):
     seen.add(replace(first, dev=first.test, test=first.dev).fingerprint)
     seen.add(replace(first, kind="Kaldi").fingerprint)
     assert len(seen) == 7
-    assert replace(first, dev=[replace(u, seconds=u.seconds + 1e-5) for u in first.dev]).fingerprint == first.fingerprint
+    same = replace(first, dev=[replace(u, seconds=u.seconds + 1e-5) for u in first.dev])
+    assert same.fingerprint == first.fingerprint
 
 
 def test_what_is_left_out_of_transcripts_is_said_once_with_how_often(tmp_path, caplog):
@@ -1058,6 +1059,7 @@ def test_the_demo_trains_on_what_the_seed_gives_and_tests_on_the_same(monkeypatc
         assert (first.text, first.intent) == (second.text, second.intent)
         assert np.array_equal(first.audio, second.audio)
     assert any(x.text != y.text for x, y in zip(a.train, c.train))
+    assert a.fingerprint == b.fingerprint != c.fingerprint
     assert not any(x.text == y.text and np.array_equal(x.audio, y.audio) for x in a.train for y in a.test)
     assert all(
         x.text == y.text and np.array_equal(x.audio, y.audio)
