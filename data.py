@@ -210,7 +210,7 @@ def lend_dev(corpus, needed):
 
 
 def measured(utterance, task, announced, raw_text=False, dropped=None):
-    """The utterance with the length of its file, and its `transcript`. announced: a set of what has been logged once."""
+    """The utterance with its file's length, and its `transcript`. announced: a set of what has been logged once."""
     path = utterance.audio
     with opened(path, pipes=False) as (sound, _):
         frames, rate, channels = sound.frames, sound.samplerate, sound.channels

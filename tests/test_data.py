@@ -748,7 +748,11 @@ def test_a_pipe_in_a_corpus_is_skipped_and_never_waited_for(tmp_path):
     path = make_kaldi(tmp_path) / "WAVE" / "train" / "train.u-1.WAV"
     path.unlink()
     os.mkfifo(path)
+    unblock = threading.Timer(5, path.write_bytes, [b""])  # or the test would never end if it failed
+    unblock.daemon = True
+    unblock.start()
     (reason,) = open_corpus(tmp_path, "asr", skip_bad=True).skipped
+    unblock.cancel()
     assert reason == f"{path}: is no regular file"
 
 
