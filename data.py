@@ -299,16 +299,13 @@ def read_manifest(root, files, task, skip):
     """
     path, needed = files[0], "text" if task == "asr" else "intent"
     for number, row in _objects(path, skip) if path.suffix.lower() == ".jsonl" else _rows(path, needed, skip):
-        found = ([row[key] for key in keys if row.get(key) not in (None, "")] or [""] for keys in COLUMNS.values())
-        cells = {what: values[0] for what, values in zip(COLUMNS, found)}
-        lacking = [what for what, cell in cells.items() if type(cell) not in (str, int, float)]
-        cells = {what: str(cell).strip() for what, cell in cells.items()}
-        lacking += [what for what in ("path", needed) if not cells[what]]
+        row = {key: str(value).strip() for key, value in row.items() if type(value) in (str, int, float)}
+        cells = {what: next((row[key] for key in keys if row.get(key)), "") for what, keys in COLUMNS.items()}
         name = cells.pop("path")
-        if str(row.get("offset") or "").strip(" +-0."):
+        if row.get("offset", "").strip("+-0."):
             raise UserError(f"{path}: line {number} is a part of {name}; cut recordings up, one file an utterance")
-        if lacking or not is_name(name):
-            skip(f"{path}: line {number} has no {lacking[0] if lacking else 'path'}, or not as text")
+        if not is_name(name) or not cells[needed]:
+            skip(f"{path}: line {number} has no {needed if is_name(name) else 'path'}, or none that is text")
             continue
         paths = [folder / f"{name}{ending}" for ending in ("", ".mp3") for folder in (root, root / "clips")]
         yield Utterance(name, _first_file(paths), 0.0, **cells)
@@ -348,12 +345,12 @@ def _objects(path, skip):
     for number, line in _lines(path):
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            entry = error
+        except (ValueError, RecursionError):
+            entry = None
         if isinstance(entry, dict):
             yield number, entry
         else:
-            skip(f"{path}: line {number} is no JSON object ({repr(entry)[:200]})")
+            skip(f"{path}: line {number} is no JSON object")
 
 
 def read_slurp(root, files, task, skip):
@@ -371,7 +368,7 @@ def read_slurp(root, files, task, skip):
             names = [str(recording["file"]) for recording in entry["recordings"]]
             if not is_name(scenario) or not is_name(action):
                 raise ValueError("scenario or action is no name")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             skip(f"{files[0]}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
             continue
         for file in names:

@@ -696,6 +696,19 @@ def test_a_manifest_that_cannot_be_read_says_why_in_one_line(tmp_path, ending, c
     assert "\n" not in str(info.value)
 
 
+@pytest.mark.parametrize("keys", [("scenario", "action", "sentence", "recordings"), ("audio_filepath", "text", "offset")])
+def test_objects_of_any_depth_are_skipped(tmp_path, keys):
+    slurp = "recordings" in keys
+    root = make_slurp(tmp_path) if slurp else write_manifest(tmp_path, ".jsonl", ["a"], objects)
+    path = next(root.rglob("train.jsonl"))
+    lines = path.read_text().rstrip()
+    for depth in range(100, 1_100, 25):
+        nested = "[" * depth + "]" * depth
+        entry = ", ".join(f'"{key}": {nested}' for key in keys)
+        path.write_text(f"{lines}\n{{{entry}}}\n{nested}\n")
+        assert len(open_corpus(root, "slu" if slurp else "asr", skip_bad=True).skipped) == 2
+
+
 def test_huge_fields_and_an_offset_of_zero_are_no_trouble(tmp_path):
     table = b"path,text,array,offset\nx.wav,a,\"" + b"1 " * 100_000 + b'",0.0\n'
     assert texts_of(write_manifest(tmp_path, ".csv", [], lambda texts: table)) == ["A"]
