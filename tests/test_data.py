@@ -696,7 +696,9 @@ def test_a_manifest_that_cannot_be_read_says_why_in_one_line(tmp_path, ending, c
     assert "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("keys", [("scenario", "action", "sentence", "recordings"), ("audio_filepath", "text", "offset")])
+@pytest.mark.parametrize(
+    "keys", [("scenario", "action", "sentence", "recordings"), ("audio_filepath", "text", "offset")]
+)
 def test_objects_of_any_depth_are_skipped(tmp_path, keys):
     slurp = "recordings" in keys
     root = make_slurp(tmp_path) if slurp else write_manifest(tmp_path, ".jsonl", ["a"], objects)
