@@ -5,6 +5,10 @@ A corpus is three lists of `Utterance`, read in the layout in which its users ha
 """
 
 import contextlib
+import csv
+import functools
+import glob
+import hashlib
 import io
 import json
 import logging
@@ -13,6 +17,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -55,6 +60,12 @@ class Corpus:
     skip_bad: bool = False
     skipped: dict = field(default_factory=dict)  # the reasons, each naming its file; a dict serves as an ordered set
 
+    @property
+    def fingerprint(self):
+        """A SHA-256 of what is trained on and compared. It does not depend on where the corpus is."""
+        splits = [[[u.name, u.text, u.intent, round(1000 * u.seconds)] for u in getattr(self, s)] for s in SPLITS]
+        return hashlib.sha256(json.dumps([self.kind, splits]).encode()).hexdigest()
+
     def skip(self, reason):
         """Leave something out, for a reason that names it. It may quote any file, so nothing but text is shown."""
         reason = reason if len(reason) < 600 else f"{reason[:300]} ... {reason[-290:]}"
@@ -74,82 +85,116 @@ class Corpus:
 
 # --- Corpora -------------------------------------------------------------------------------------------------------
 
+SPLITS = ("train", "dev", "test")
 SUBSETS = {  # the folders or files that are each split, unless the user names others
-    "LibriSpeech": {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
-    "SLURP": {"train": "train", "dev": "devel", "test": "test"},
-    "Kaldi": {"train": "train", "dev": "dev", "test": "test"},
     "table": {"train": "train", "dev": "dev", "test": "test"},
+    "SLURP": {"train": "train", "dev": "devel", "test": "test"},
+    "LibriSpeech": {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
+    "Kaldi": {"train": "train", "dev": "dev", "test": "test"},
 }
 LENT = 10  # a corpus without a dev split lends every tenth speaker of its training split
 
 
-def open_corpus(path, task, seed=0, subsets=None, splits=("train", "dev", "test"), skip_bad=False):
-    """The corpus at `path`, read in its own layout: LibriSpeech, SLURP, a Kaldi data directory, tables, or "demo".
+def corpus_folder(path):
+    """The folder of a corpus, where ~ is the user's own, or None for "demo". Raises UserError where there is none."""
+    root = Path(os.path.expanduser(path))
+    if str(path) != "demo" and not os.path.isdir(root):
+        raise UserError(f"{root}: there is no such folder; --data takes a corpus's folder, or demo")
+    return None if str(path) == "demo" else root
 
-    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the demo's training split.
-    subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names in SUBSETS, joined by commas. splits:
-    those that must be there. Bad utterances are left out, and named in `skipped`.
+
+def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False, raw_text=False):
+    """The corpus at `path`, read in its own layout: tables and other manifests, SLURP, LibriSpeech, Kaldi's, or "demo".
+
+    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the demo's training split. raw_text: as for
+    `transcript`. subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names in SUBSETS, joined by
+    commas. splits: those that must be there, or without "train" among them one of them; the others stay empty.
     Raises UserError for another layout, for a missing or empty split, and where over 1 % are bad and not `skip_bad`.
     """
-    subsets = {split: names for split, names in (subsets or {}).items() if names}
-    if str(path) == "demo":
-        if subsets:
-            raise UserError("the demo corpus has no subsets to choose from")
-        return demo_corpus(task, seed)
-    root = Path(path)
-    if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; --data takes a corpus's folder, or demo")
-    kind, locate, read = layout(root)
-    corpus, names = Corpus(kind, skip_bad=skip_bad), SUBSETS[kind] | subsets
-    lends = "dev" in splits and "dev" not in subsets and not locate(names["dev"]).exists()
-    wanted = [split for split in splits if split != "dev"] if lends else splits
-    for split in dict.fromkeys(["train", *wanted] if lends else wanted):
-        for name in names[split].split(","):
-            if not locate(name).exists():
-                raise UserError(f"{locate(name)}: there is no such {split} subset; name what there is with --{split}")
-            read_subset(read(root, locate(name), task, corpus.skip), task, corpus, getattr(corpus, split))
+    root, subsets = corpus_folder(path), {split: names for split, names in (subsets or {}).items() if names}
+    if root is None and subsets:
+        raise UserError("the demo corpus has no subsets to choose from")
+    if root is None:
+        return demo_corpus(task, seed, raw_text)
+    kind = layout(root, subsets, splits)
+    read = {"table": read_manifest, "SLURP": read_slurp, "LibriSpeech": read_librispeech, "Kaldi": read_kaldi}[kind]
+    corpus, dropped = Corpus(kind, skip_bad=skip_bad), Counter()
+    files = {  # of each subset of each split
+        split: {name: subset_files(root, kind, glob.escape(name)) for name in names.split(",")}
+        for split, names in (SUBSETS[kind] | subsets).items()
+    }
+    there = {split for split in SPLITS if split in subsets or all(files[split].values())}
+    lends = "dev" in splits and "dev" not in there and ("train" in splits or "train" in there)
+    wanted = set(splits) - {"dev"} | {"train"} if lends else set(splits)
+    if "train" not in splits:
+        wanted = wanted & there or wanted
+    for split in sorted(wanted, key=SPLITS.index):
+        for name, found in files[split].items():
+            if not found:
+                place = root / (name + {"table": ".tsv", "SLURP": ".jsonl"}.get(kind, ""))
+                raise UserError(f"{place}: there is no such {split} subset; name what there is with --{split}")
+            for utterance in read(root, found, task, corpus.skip):
+                try:
+                    getattr(corpus, split).append(measured(utterance, task, corpus.announced, raw_text, dropped))
+                except UserError as error:
+                    corpus.skip(str(error))
         if not getattr(corpus, split):
             bad = [f"; the first of {len(corpus.skipped)} bad ones: {reason}" for reason in corpus.skipped][:1]
             raise UserError(f"{root}: the {split} split has no usable utterance{''.join(bad)}")
     corpus.size = len(corpus.train) + len(corpus.dev) + len(corpus.test) + len(corpus.skipped)
     corpus.check()
     if lends:
-        lend_dev(corpus)
+        lend_dev(corpus, needed="train" in splits or not corpus.test)
+    if task == "asr" and dropped:
+        counts = ", ".join(f"{what} ({times})" for what, times in dropped.most_common())
+        counts = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in counts)
+        log.info("left out of the transcripts: %s; --raw-text keeps transcripts as they are", counts)
     return corpus
 
 
-def layout(root):
-    """Of the corpus in a folder: its kind, where a subset of a name is, and the function that reads one."""
-    slurp = root / "dataset" / "slurp"
-    if next(root.glob("*.tsv"), None):  # the first, since users write tables for a corpus of another layout
-        return "table", lambda name: root / f"{name}.tsv", read_table
-    if next(slurp.glob("*.jsonl"), None):
-        return "SLURP", lambda name: slurp / f"{name}.jsonl", read_slurp
-    if next(root.glob("*/*/*/*.trans.txt"), None):
-        return "LibriSpeech", root.joinpath, read_librispeech
-    if next(root.glob("*/wav.scp"), None):
-        return "Kaldi", root.joinpath, read_kaldi
-    if next(root.glob("*.jsonl"), None):
-        return "SLURP", lambda name: root / f"{name}.jsonl", read_slurp
+def layout(root, subsets, splits):
+    """The kind of the corpus in a folder: the first of SUBSETS of which there is a subset that is asked for.
+
+    If there is none, the kind of which there is another one, so that an error can say what is missing.
+    """
+    for kind, names in SUBSETS.items():
+        asked = ",".join((names | subsets)[split] for split in splits).split(",")
+        if any(subset_files(root, kind, glob.escape(name)) for name in asked):
+            return kind
+    for kind in reversed(SUBSETS):  # tables last: people have notes of all sorts in such files
+        if subset_files(root, kind, "*"):
+            return kind
     if (root / "wav.scp").exists():
         raise UserError(f"{root}: is one subset; give the folder around it, and name subsets by --train, --dev, --test")
-    raise UserError(
-        f"{root}: is no known corpus; tables are train.tsv and the like, a Kaldi data directory has SUBSET/wav.scp,"
-        " LibriSpeech SUBSET/SPEAKER/CHAPTER/*.trans.txt, SLURP dataset/slurp/*.jsonl"
-    )
+    layouts = "NAME.tsv, NAME.csv, NAME.jsonl, Kaldi's NAME/wav.scp, LibriSpeech's NAME/SPEAKER/CHAPTER/*.trans.txt"
+    raise UserError(f"{root}: is no known corpus; a subset is {layouts} or SLURP's dataset/slurp/NAME.jsonl")
 
 
-def read_subset(utterances, task, corpus, found):
-    """Add the utterances that can be used to a list; the others are skipped."""
-    for utterance in utterances:
-        try:
-            found.append(measured(utterance, task, corpus.announced))
-        except UserError as error:
-            corpus.skip(str(error))
+def subset_files(root, kind, name):
+    """The files that make a subset. Of tables, the first is read. name: a pattern of glob's."""
+    patterns = {
+        "table": [name + ending for ending in (".[tT][sS][vV]", ".[cC][sS][vV]", ".[jJ][sS][oO][nN][lL]")],
+        "SLURP": [f"dataset/slurp/{name}.jsonl", f"{name}.jsonl"],
+        "LibriSpeech": [f"{name}/*/*/*.trans.txt"],
+        "Kaldi": [f"{name}/wav.scp"],
+    }
+
+    def is_slurp(path):
+        with open(path, "rb") as file:
+            return re.search(rb'"recordings"\s*:', file.read(2**16)) is not None
+
+    found = [path for pattern in patterns[kind] for path in listed(root, pattern)]
+    return [path for path in found if kind in ("LibriSpeech", "Kaldi") or is_slurp(path) == (kind == "SLURP")]
 
 
-def lend_dev(corpus):
-    """Take every tenth speaker out of the training split as the dev split.
+def listed(folder, pattern):
+    """The files in a folder that match a pattern, sorted: no pipes, and no names with a dot first, as macOS leaves."""
+    found = (folder / path for path in sorted(glob.glob(pattern, root_dir=folder)))
+    return [path for path in found if path.is_file()]
+
+
+def lend_dev(corpus, needed):
+    """Take every tenth speaker out of the training split as the dev split; `needed`: UserError if that is too small.
 
     Utterances instead, where a speaker is not known or those speakers have over half of the training split.
     """
@@ -160,16 +205,14 @@ def lend_dev(corpus):
             corpus.dev, corpus.train = dev, train
             log.info("there is no dev split: every tenth training %s is one, %d utterances", what, len(dev))
             return
-    raise UserError("there is no dev split, and the training split is too small to lend one; add one")
+    if needed:
+        raise UserError("there is no dev split, and the training split is too small to lend one; add one")
 
 
-def measured(utterance, task, announced):
-    """The utterance with its length, from the header of its file, and its transcript normalised. Raises UserError.
-
-    announced: a set of the changes of audio that have been logged, so that each is once.
-    """
+def measured(utterance, task, announced, raw_text=False, dropped=None):
+    """The utterance with its file's length, and its `transcript`. announced: a set of what has been logged once."""
     path = utterance.audio
-    with opened(path) as sound:
+    with opened(path, pipes=False) as (sound, _):
         frames, rate, channels = sound.frames, sound.samplerate, sound.channels
     if frames == 0:
         raise UserError(f"{path}: is empty")
@@ -178,7 +221,7 @@ def measured(utterance, task, announced):
     if change and tuple(change) not in announced:
         announced.add(tuple(change))
         log.info("%s: %s (said once for all such files)", path, "; ".join(change))
-    text = normalise(utterance.text)
+    text = transcript(utterance.text, raw_text, dropped)
     if task == "asr" and not text:
         raise UserError(f"{utterance.name}: its transcript is empty")
     if task == "slu" and not is_name(utterance.intent):
@@ -186,31 +229,35 @@ def measured(utterance, task, announced):
     return replace(utterance, text=text, seconds=frames / rate)
 
 
-def read_librispeech(root, folder, task, skip):
+AUDIO = (".flac", ".wav", ".mp3", ".ogg", ".opus")  # the endings of LibriSpeech's audio
+
+
+def read_librispeech(root, files, task, skip):
     """SUBSET/SPEAKER/CHAPTER/ID.flac (or .wav, ...); the texts of a chapter in its .trans.txt, `ID TEXT` a line."""
     if task == "slu":
         raise UserError(f"{root}: LibriSpeech has no intents; use --task asr, or another corpus for --task slu")
-    for transcripts in sorted(folder.glob("*/*/*.trans.txt")):
+    for transcripts in files:
+        chapter = transcripts.parent
+        audio = {path.stem: path for path in reversed(listed(chapter, "*.*")) if path.suffix.lower() in AUDIO}
         for number, name, text in _pairs(transcripts):
             if Path(name).name != name or name == "..":
                 skip(f"{transcripts}: line {number} is not `ID TEXT`")
-                continue
-            endings = (".flac", ".wav", ".mp3", ".ogg", ".opus")
-            audio = _first_file([transcripts.parent / f"{name}{ending}" for ending in endings])
-            yield Utterance(name, audio, 0.0, text, speaker=transcripts.parts[-3])
+            else:
+                yield Utterance(name, audio.get(name, chapter / f"{name}.flac"), 0.0, text, speaker=chapter.parent.name)
 
 
-def read_kaldi(root, folder, task, skip):
-    """SUBSET/wav.scp, `ID PATH` a line with paths from the corpus's folder, SUBSET/text, `ID TEXT`, and SUBSET/utt2spk.
+def read_kaldi(root, files, task, skip):
+    """SUBSET/wav.scp, `ID PATH` a line, SUBSET/text, `ID TEXT`, SUBSET/utt2spk, and SUBSET/utt2intent or text for it.
 
-    The intent is SUBSET/utt2intent's, `ID INTENT` a line; where there is none, the text itself.
+    Paths are from the corpus's folder, or from the current one: recipes write them from where they run.
     """
+    folder = files[0].parent
     if (folder / "segments").exists():
         raise UserError(f"{folder}: has segments; cut the recordings up, one file an utterance, and leave segments out")
 
     def read(file):
         found = {}
-        for number, name, value in _pairs(folder / file) if (folder / file).exists() else ():
+        for number, name, value in _pairs(folder / file) if (folder / file).is_file() else ():
             if name in found:
                 skip(f"{folder / file}: line {number} has {name} once more")
             found.setdefault(name, value)
@@ -228,58 +275,105 @@ def read_kaldi(root, folder, task, skip):
             skip(f"{folder / 'wav.scp'}: {name} has no path")
         elif value.endswith("|"):
             skip(f"{folder / 'wav.scp'}: {name} is a command, and no command is run; write its audio to a file")
+        elif re.search(r"\.ark:\d+", value):
+            skip(f"{folder / 'wav.scp'}: {name} is in a Kaldi archive, which is not read; write its audio to a file")
         elif name not in needed:
             skip(f"{folder / file}: has no line for {name}")
         else:
-            yield Utterance(name, root / value, 0.0, texts.get(name, ""), intents.get(name, ""), speakers.get(name, ""))
+            path = _first_file([root / value, Path(value)])
+            yield Utterance(name, path, 0.0, texts.get(name, ""), intents.get(name, ""), speakers.get(name, ""))
 
 
-def read_table(root, path, task, skip):
-    """NAME.tsv, whose first line names the columns: path, sentence or text, intent, speaker or client_id, and others.
+COLUMNS = {  # of a manifest: the names by which a column goes
+    "path": ("path", "audio_filepath", "file_name", "filename", "audio_file"),
+    "text": ("sentence", "text", "transcription", "transcript"),
+    "intent": ("intent",),
+    "speaker": ("speaker", "client_id", "speaker_id"),
+}
 
-    Audio is in the corpus's folder, or in clips/ in it. Common Voice is such a corpus.
+
+def read_manifest(root, files, task, skip):
+    """NAME.tsv, .csv or .jsonl: Common Voice's, NeMo's, pandas'. COLUMNS are read of each row or object.
+
+    Audio is in the corpus's folder, or in clips/ in it; the paths of Common Voice once lacked its .mp3.
     """
-    (_, header), *lines = [(number, line.rstrip("\r").split("\t")) for number, line in _lines(path)] or [(0, [])]
-    wanted = {"path": ["path"], "text": ["sentence", "text"], "intent": ["intent"], "speaker": ["speaker", "client_id"]}
-    named = {what: [name for name in names if name in header] for what, names in wanted.items()}
-    columns = {what: header.index(names[0]) if names else None for what, names in named.items()}
-    for what in ("path", "text" if task == "asr" else "intent"):
-        if columns[what] is None:
-            name = " or ".join(wanted[what])
-            raise UserError(f"{path}: its first line names no column {name}; columns are parted by tabs")
-    for number, fields in lines:
-        try:
-            found = {what: "" if column is None else fields[column].strip() for what, column in columns.items()}
-        except IndexError:
-            skip(f"{path}: line {number} has {len(fields)} fields, fewer than the first line names")
+    path, needed = files[0], "text" if task == "asr" else "intent"
+    for number, row in _objects(path, skip) if path.suffix.lower() == ".jsonl" else _rows(path, needed, skip):
+        row = {key: str(value).strip() for key, value in row.items() if type(value) in (str, int, float)}
+        cells = {what: next((row[key] for key in keys if row.get(key)), "") for what, keys in COLUMNS.items()}
+        name = cells.pop("path")
+        if row.get("offset", "").strip("+-0."):
+            raise UserError(f"{path}: line {number} is a part of {name}; cut recordings up, one file an utterance")
+        if not is_name(name) or not cells[needed]:
+            skip(f"{path}: line {number} has no {needed if is_name(name) else 'path'}, or none that is text")
             continue
-        name = found.pop("path")
-        yield Utterance(name, _first_file([root / name, root / "clips" / name]), 0.0, **found)
+        paths = [folder / f"{name}{ending}" for ending in ("", ".mp3") for folder in (root, root / "clips")]
+        yield Utterance(name, _first_file(paths), 0.0, **cells)
 
 
-def read_slurp(root, path, task, skip):
+def _rows(path, needed, skip):
+    """(line, {column: field}) of each row of a table. Raises UserError where it has no path, or not what is needed."""
+    lines, is_tsv = _lines(path) or [(1, "")], path.suffix.lower() == ".tsv"
+    delimiter = "\t" if is_tsv else next((d for d in ",;\t" if d in lines[0][1]), ",")
+    csv.field_size_limit(2**31 - 1)  # pandas writes whole arrays
+    reader = csv.reader((line + "\n" for _, line in lines), delimiter=delimiter, strict=True)
+    plain = [(number, line.rstrip("\r").split("\t")) for number, line in lines]
+    try:
+        rows = [(lines[reader.line_num - 1][0], fields) for fields in reader]
+        # Common Voice's quotation marks are its sentences', and those of two may look like a pair.
+        ragged = [len({len(fields) for _, fields in found}) > 1 for found in (rows, plain)]
+        if is_tsv and (ragged == [True, False] or any("\t" in f and "\n" in f for _, fields in rows for f in fields)):
+            rows = plain
+    except csv.Error as error:
+        if not is_tsv:
+            raise UserError(f"{path}: line {lines[reader.line_num - 1][0]} is no CSV ({error})") from error
+        rows = plain
+    columns = [name.strip() for name in rows[0][1]]
+    for what in ("path", needed):
+        if not set(columns) & set(COLUMNS[what]):
+            names, parted = " or ".join(COLUMNS[what]), "tabs" if is_tsv else "commas, semicolons or tabs"
+            raise UserError(f"{path}: its first line names no column {names}; columns are separated by {parted}")
+    for number, fields in rows[1:]:
+        if any(fields[len(columns) :]):
+            skip(f"{path}: line {number} has {len(fields)} fields, more than the first line")
+        else:
+            yield number, dict(zip(columns, fields))
+
+
+def _objects(path, skip):
+    """(line, entry) of each line of a file of JSON objects."""
+    for number, line in _lines(path):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict):
+            yield number, entry
+        else:
+            skip(f"{path}: line {number} is no JSON object")
+
+
+def read_slurp(root, files, task, skip):
     """dataset/slurp/*.jsonl, a sentence a line with its recordings; those in slurp_real/ and slurp_synth/.
 
     Each recording is an utterance. The class is scenario_action: the field `intent` lacks the scenario on some lines.
     """
-    parents = (root, root / "audio", root / "scripts" / "audio")
-    audio = [parent / kind for kind in ("slurp_real", "slurp_synth") for parent in parents]
+    audio = [root / place / kind for kind in ("slurp_real", "slurp_synth") for place in ("", "audio", "scripts/audio")]
     audio = [folder for folder in audio if folder.is_dir()]
     if not audio:
         raise UserError(f"{root}: holds no recordings in slurp_real/, audio/slurp_real/ or scripts/audio/slurp_real/")
-    for number, line in _lines(path):
+    for number, entry in _objects(files[0], skip):
         try:
-            entry = json.loads(line)
             scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
-            files = [str(recording["file"]) for recording in entry["recordings"]]
+            names = [str(recording["file"]) for recording in entry["recordings"]]
             if not is_name(scenario) or not is_name(action):
                 raise ValueError("scenario or action is no name")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            skip(f"{path}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
+            skip(f"{files[0]}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
             continue
-        for file in files:
+        for file in names:
             if Path(file).name != file or not is_name(file):
-                skip(f"{path}: line {number} names no recording of the corpus: {file[:80]!r}")
+                skip(f"{files[0]}: line {number} names no recording of the corpus: {file[:80]!r}")
                 continue
             yield Utterance(file, _first_file([folder / file for folder in audio]), 0.0, text, f"{scenario}_{action}")
 
@@ -289,12 +383,13 @@ def _lines(path):
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        why = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path}: is not UTF-8 text ({why}); save it as UTF-8") from error
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _pairs(path):
-    """(number, key, rest) of each line of a text file of keys with something behind them, parted by white space."""
+    """(number, key, rest) of each line of a text file of keys with something behind them, separated by white space."""
     for number, line in _lines(path):
         key, *rest = line.split(None, 1)
         yield number, key, rest[0].strip() if rest else ""
@@ -309,24 +404,27 @@ def _first_file(paths):
 
 
 @contextlib.contextmanager
-def opened(path):
-    """A soundfile.SoundFile, recognised by what is in the file and not by its name. It may be a pipe.
+def opened(path, pipes=True):
+    """A soundfile.SoundFile, recognised by what is in the file and not by its name, and the file that it reads.
 
-    Raises UserError where it is missing, not audio, or promises more than can be speech; also for what goes wrong in
-    the context with it.
+    pipes: whether it may be a pipe or a device, which is read to its end. Raises UserError where it is missing, not
+    audio, or promises more than can be speech; also for what goes wrong in the context with it.
     """
     try:
-        with open(path, "rb") as file:
-            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            source = file.fileno() if is_file else io.BytesIO(file.read())
-            with soundfile.SoundFile(source, closefd=False) as sound:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+        if not is_file and not pipes:
+            raise UserError(f"{path}: is no regular file")
+        with open(path, "rb") as source:
+            file = source if is_file else io.BytesIO(source.read())
+            # A descriptor is a third faster, and nothing is printed of damaged files. Windows' are a C runtime's own.
+            with soundfile.SoundFile(file.fileno() if is_file and os.name == "posix" else file, closefd=False) as sound:
                 if not 1_000 <= sound.samplerate <= 1_000_000 or sound.channels > 1_000:
                     raise UserError(f"{path}: {sound.samplerate} Hz, {sound.channels} channels: no recording of speech")
                 if sound.frames == 2**63 - 1:
                     raise UserError(f"{path}: its header does not say how long it is; convert it to a file that does")
                 if sound.frames > LONGEST * sound.samplerate:
                     raise UserError(f"{path}: is longer than {LONGEST} s; cut it up")
-                yield sound
+                yield sound, file
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -341,21 +439,21 @@ def read_audio(path):
 
     Raises UserError where it is missing, truncated, empty, not audio, or holds a value that is not finite.
     """
-    with opened(path) as sound:
+    with opened(path) as (sound, file):
         pieces = []  # since a header may promise what the file does not hold, and some files cannot be sought in
         while len(piece := sound.read(2**20, dtype="float32", always_2d=True)):
             pieces.append(piece.mean(axis=1))
         if not pieces:
             raise UserError(f"{path}: is empty, or says so in its header")
         samples = np.concatenate(pieces)
-        if len(samples) < sound.frames or is_truncated(sound, path):
+        if len(samples) < sound.frames or is_truncated(sound, file, path):
             raise UserError(f"{path}: is truncated")
         if not np.isfinite(samples).all():
             raise UserError(f"{path}: holds values that are not finite")
         return resample(samples, sound.samplerate)
 
 
-def is_truncated(sound, path):
+def is_truncated(sound, file, path):
     """Whether a file that has been read is only the beginning of one. Raises UserError where not all of it was read."""
     # libsndfile notes a size that the file does not hold; one of 2 GB and more says that a pipe's writer did not know.
     pattern = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: +(\d+) \(should be (\d+)\)"
@@ -363,10 +461,8 @@ def is_truncated(sound, path):
     remarks = re.search("truncated|lacks an end-of-stream bit|after the last page", sound.extra_info)
     if remarks or any(real < said < 2**31 - 2**16 for said, real in sizes):
         return True
-    source = sound.name  # a descriptor, or a pipe's contents
-    with open(os.dup(source), "rb") if isinstance(source, int) else contextlib.nullcontext(source) as file:
-        read, size, _ = file.tell(), file.seek(0, os.SEEK_END), file.seek(0)
-        promised = re.search(rb"sample_count -i (\d+)", file.read(1024)) if sound.format == "NIST" else None
+    read, size, _ = file.tell(), file.seek(0, os.SEEK_END), file.seek(0)
+    promised = re.search(rb"sample_count -i (\d+)", file.read(1024)) if sound.format == "NIST" else None
     if sound.format in ("MP3", "OGG") and read < 0.9 * size:  # of a variable rate without a header, or chained
         raise UserError(f"{path}: holds more than libsndfile reads of it; convert it to wav or flac")
     return promised is not None and sound.frames < int(promised[1])
@@ -377,17 +473,12 @@ def resample(samples, rate):
     if rate == SAMPLE_RATE:
         return samples
     ratio = Fraction(rate).limit_denominator(SAMPLE_RATE) / SAMPLE_RATE
-    # With zeros behind the samples both lengths are products of small numbers: a prime's FFT takes ten times longer.
-    length = fast_length(math.ceil(len(samples) / ratio.numerator))
+    # With zeros behind the samples both lengths are products of 2, 3 and 5: a prime's FFT takes ten times longer.
+    needed, odd = math.ceil(len(samples) / ratio.numerator), [3**i * 5**j for i in range(5) for j in range(4)]
+    length = min(o << (math.ceil(needed / o) - 1).bit_length() for o in odd)
     spectrum = np.fft.rfft(samples, length * ratio.numerator)
     count = max(1, round(len(samples) / ratio))
     return (np.fft.irfft(spectrum, length * ratio.denominator)[:count] / float(ratio)).astype(np.float32)
-
-
-def fast_length(length):
-    """The smallest product of powers of 2, 3 and 5 that is at least `length`."""
-    odd = [3**i * 5**j for i in range(5) for j in range(4)]
-    return min(o << (math.ceil(length / o) - 1).bit_length() for o in odd)
 
 
 def waveform(utterance):
@@ -399,11 +490,11 @@ def waveform(utterance):
 
 def pad(waveforms):
     """Arrays of different length -> (batch, samples) float32 with zeros behind each, and lengths (batch,) int64."""
-    lengths = torch.tensor([len(w) for w in waveforms])
-    padded = torch.zeros(len(waveforms), int(lengths.max()))
+    lengths = [len(w) for w in waveforms]
+    padded = np.zeros((len(waveforms), max(lengths)), np.float32)  # numpy's copies start no threads, unlike torch's
     for row, w in zip(padded, waveforms):
-        row[: len(w)] = torch.from_numpy(w)
-    return padded, lengths
+        row[: len(w)] = w
+    return torch.from_numpy(padded), torch.tensor(lengths)
 
 
 # --- Epochs and batches --------------------------------------------------------------------------------------------
@@ -421,18 +512,14 @@ def training_batches(utterances, frames, ctc, speed_perturbation, batch_seconds,
         longest = max((u.seconds for u in utterances), default=0)
         played = zip(utterances, perturb_speed(utterances, speed_perturbation, rng))
         utterances = [new if new.seconds <= longest and fits(new, frames, ctc) else old for old, new in played]
-    if shortest_first:
-        return batches(utterances, batch_seconds)[::-1]
-    return batches(utterances, batch_seconds, rng)
+    return batches(utterances, batch_seconds)[::-1] if shortest_first else batches(utterances, batch_seconds, rng)
 
 
 def usable(utterances, corpus, frames, ctc):
     """The utterances that make enough frames; the others are skipped. Arguments as for `training_batches`."""
-    kept = []
+    kept = [u for u in utterances if fits(u, frames, ctc)]
     for u in utterances:
-        if fits(u, frames, ctc):
-            kept.append(u)
-        else:
+        if not fits(u, frames, ctc):
             made, needed = max(0, frames(round(u.seconds * SAMPLE_RATE))), frames_needed(u.text) if ctc else 1
             corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {made} frames; {needed} are needed")
     return kept
@@ -444,10 +531,7 @@ def fits(utterance, frames, ctc):
 
 
 def perturb_speed(utterances, change, rng):
-    """The utterances at random slower by `change`, as they are, or faster, with their pitch: more voices.
-
-    (Ko et al. 2015, "Audio Augmentation for Speech Recognition", with 0.1.) rng: numpy Generator.
-    """
+    """The utterances slower by `change`, as they are, or faster, at random, with their pitch (Ko et al. 2015: 0.1)."""
     speeds = rng.choice([1 - change, 1.0, 1 + change], len(utterances)).tolist()
     return [replace(u, speed=speed, seconds=u.seconds / speed) for u, speed in zip(utterances, speeds)]
 
@@ -474,8 +558,7 @@ def batches(utterances, seconds, rng=None):
 def load_batch(batch):
     """(utterances, waveforms (batch, samples) float32, lengths (batch,) int64, bad) of a list of utterances.
 
-    What could not be read is left out, and `bad` has the reasons. Where nothing is left, utterances is empty and the
-    tensors are None.
+    What cannot be read is left out, and `bad` has the reasons. Where nothing is left, the tensors are None.
     """
     kept, waveforms, bad = [], [], []
     for utterance in batch:
@@ -490,14 +573,47 @@ def load_batch(batch):
 # --- Text and errors -----------------------------------------------------------------------------------------------
 
 BLANK, SPACE = "<pad>", "|"  # CTC's blank, which is output 0, and the space between words, as wav2vec2 names them
-APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u02bc`\u00b4"), "'")
+WIDTHS = {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFFDD)}  # full-width letters, brackets, ...
+APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u201b\u02bb\u02bc\u055a\u1fbd\u1fbf\u2032`\u00b4"), "'")
+# What is inside of words: zero-width joiners, Mongolian's vowel separator, middle dots (l\u00b7l), geresh, gershayim.
+INNER = "\u200c\u200d\u180e\u00b7\u2027\u2219\u22c5\u05f3\u05f4"
+BRACKETS = ("<>", "[]", "()", "{}", "\u27e8\u27e9", "\u3010\u3011", "\u3014\u3015")
+NOISE = "|".join(rf"\{a}[/|_]?[^\W\d_][^{re.escape(''.join(BRACKETS))}]{{0,38}}\{b}" for a, b in BRACKETS)
 
 
-def normalise(text):
-    """A transcript in upper case, of letters, marks, digits and apostrophes of any script; all else becomes a space."""
-    text = unicodedata.normalize("NFKC", text.translate(APOSTROPHES)).upper()
-    kept = (c if c == "'" or unicodedata.category(c)[0] in "LM" or c.isdecimal() else " " for c in text)
-    return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
+def normalise(text, dropped=None):
+    """A transcript in upper case, of letters, marks, digits and apostrophes of any script; all else becomes a space.
+
+    Superscripts and tone letters stay, and INNER inside a word. Marks of noise such as <unk> and [laughs]
+    are no words. dropped: a Counter, which is told of each character and mark of noise that is left out.
+    """
+    text = unicodedata.normalize("NFC", text.translate(WIDTHS))  # NFKC would make a letter of a superscript
+    noise, text = re.findall(NOISE, text), re.sub(NOISE, " ", text)
+    text = unicodedata.normalize("NFC", text.upper()).translate(APOSTROPHES)
+    words = (word.strip(INNER) for word in "".join(map(_spelled, text)).split())
+    said = " ".join(filter(None, words))
+    if dropped is not None:
+        dropped.update(noise)
+        dropped.update(Counter("".join(text.split())) - Counter(said))
+    return unicodedata.normalize("NFC", said)
+
+
+@functools.cache
+def _spelled(character):
+    """A character in a normalised transcript: itself, nothing where it is invisible, or else a space."""
+    category, name = unicodedata.category(character), unicodedata.name(character, "")
+    if character in INNER or character == "'" or category == "Sk" and name.startswith("MODIFIER LETTER"):
+        return character
+    if category == "Cf" and character != "\u200b" or name.startswith("VARIATION SELECTOR"):
+        return ""
+    return character if category[0] in "LMN" else " "
+
+
+def transcript(text, raw_text=False, dropped=None):
+    """What is compared of a text, said or recognised: normalised, or (raw_text) as it is, on one line and without |."""
+    if not raw_text:
+        return normalise(text, dropped)
+    return " ".join("".join(" " if c == SPACE or unicodedata.category(c) in ("Cc", "Cs") else c for c in text).split())
 
 
 def is_name(text):
@@ -515,10 +631,16 @@ def encode(text, outputs):
     return torch.tensor([outputs[SPACE if character == " " else character] for character in text])
 
 
+def is_mark(label):
+    """Whether an output stands for no sound: <pad>, which is CTC's blank, <s>, [UNK] and the like."""
+    return re.fullmatch(r"<.+>|\[.+\]", label) is not None
+
+
 def decode(outputs, labels):
-    """Greedy CTC decoding of the best outputs (frames,) int: without repeats, blanks and marks such as <s>."""
-    characters = (labels[output] for output in torch.unique_consecutive(outputs).tolist())
-    return " ".join("".join(c for c in characters if len(c) == 1).replace(SPACE, " ").split())
+    """Greedy CTC decoding of the best outputs (frames,) int: without repeats, blanks and marks."""
+    best = [labels[output] for output in torch.unique_consecutive(outputs).tolist() if output]
+    spelled = [" " if label == SPACE else label for label in best if not is_mark(label)]
+    return " ".join("".join(spelled).replace("\u2581", " ").split())  # U+2581 begins a word in vocabularies of pieces
 
 
 def frames_needed(text):
@@ -542,11 +664,10 @@ def error_rate(references, hypotheses, split=str.split):
     return edits / max(1, sum(len(split(r)) for r in references))
 
 
-def error_rates(references, hypotheses):
-    return {
-        "word_error_rate": error_rate(references, hypotheses),
-        "character_error_rate": error_rate(references, hypotheses, split=list),
-    }
+def error_rates(references, hypotheses, characters=True):
+    """Of words and, where `characters`, which take longer, of characters."""
+    splits = {"word_error_rate": str.split} | ({"character_error_rate": list} if characters else {})
+    return {name: error_rate(references, hypotheses, split) for name, split in splits.items()}
 
 
 def accuracies(references, hypotheses):
@@ -567,29 +688,25 @@ def accuracies(references, hypotheses):
 # phone: milliseconds, loudness of the voice, loudness of the noise, frequencies in Hz of the formants. Vowels: Peterson
 # and Barney 1952, table II, men. Consonants: round values that are usual in formant synthesis (Klatt 1980).
 PHONES = {
-    "i": (130, 1.0, 0.0, 270, 2290, 3010), "I": (90, 1.0, 0.0, 390, 1990, 2550), "E": (100, 1.0, 0.0, 530, 1840, 2480),
-    "A": (120, 1.0, 0.0, 660, 1720, 2410), "a": (120, 1.0, 0.0, 730, 1090, 2440), "O": (130, 1.0, 0.0, 570, 840, 2410),
-    "U": (90, 1.0, 0.0, 440, 1020, 2240), "u": (130, 1.0, 0.0, 300, 870, 2240), "V": (90, 1.0, 0.0, 640, 1190, 2390),
-    "R": (120, 1.0, 0.0, 490, 1350, 1690), "m": (80, 0.4, 0.0, 250, 1000, 2200), "n": (80, 0.4, 0.0, 250, 1500, 2600),
-    "l": (70, 0.6, 0.0, 360, 1300, 2700), "r": (70, 0.6, 0.0, 310, 1060, 1380), "w": (70, 0.6, 0.0, 290, 610, 2150),
-    "y": (60, 0.6, 0.0, 260, 2070, 3020), "s": (110, 0.0, 0.5, 4500, 5500, 6500),
-    "f": (100, 0.0, 0.2, 1400, 4000, 7000), "T": (100, 0.0, 0.2, 1600, 5000, 6800),
-    "z": (90, 0.3, 0.3, 300, 5000, 6200), "v": (70, 0.4, 0.1, 300, 1300, 2300),
-    "D": (60, 0.4, 0.1, 300, 1600, 2600), "p": (20, 0.0, 0.6, 700, 1100, 2200), "t": (20, 0.0, 0.7, 3000, 4000, 5200),
-    "k": (30, 0.0, 0.7, 1200, 1800, 2600), "b": (20, 0.5, 0.3, 300, 900, 2200), "d": (20, 0.5, 0.4, 300, 1700, 2700),
-    "_": (50, 0.0, 0.0, 500, 1500, 2500),
+    "i": (130, 1, 0, 270, 2290, 3010), "I": (90, 1, 0, 390, 1990, 2550), "E": (100, 1, 0, 530, 1840, 2480),
+    "A": (120, 1, 0, 660, 1720, 2410), "a": (120, 1, 0, 730, 1090, 2440), "O": (130, 1, 0, 570, 840, 2410),
+    "U": (90, 1, 0, 440, 1020, 2240), "u": (130, 1, 0, 300, 870, 2240), "V": (90, 1, 0, 640, 1190, 2390),
+    "R": (120, 1, 0, 490, 1350, 1690), "m": (80, 0.4, 0, 250, 1000, 2200), "n": (80, 0.4, 0, 250, 1500, 2600),
+    "l": (70, 0.6, 0, 360, 1300, 2700), "r": (70, 0.6, 0, 310, 1060, 1380), "w": (70, 0.6, 0, 290, 610, 2150),
+    "y": (60, 0.6, 0, 260, 2070, 3020), "s": (110, 0, 0.5, 4500, 5500, 6500), "f": (100, 0, 0.2, 1400, 4000, 7000),
+    "T": (100, 0, 0.2, 1600, 5000, 6800), "z": (90, 0.3, 0.3, 300, 5000, 6200), "v": (70, 0.4, 0.1, 300, 1300, 2300),
+    "D": (60, 0.4, 0.1, 300, 1600, 2600), "p": (20, 0, 0.6, 700, 1100, 2200), "t": (20, 0, 0.7, 3000, 4000, 5200),
+    "k": (30, 0, 0.7, 1200, 1800, 2600), "b": (20, 0.5, 0.3, 300, 900, 2200), "d": (20, 0.5, 0.4, 300, 1700, 2700),
+    "_": (50, 0, 0, 500, 1500, 2500),
 }  # fmt: skip
 
 # Each stop has the silence of its closure before it.
-WORDS = {
-    "zero": "zIrO", "one": "wVn", "two": "_tu", "three": "Tri", "four": "fOr", "five": "faIv", "six": "sI_ks",
-    "seven": "sEvVn", "eight": "EI_t", "nine": "naIn", "a": "V", "alarm": "Vlarm", "an": "An", "any": "Eni",
-    "at": "A_t", "coffee": "_kOfi", "email": "imEIl", "for": "fOr", "in": "In", "is": "Iz", "it": "I_t",
-    "lights": "laI_ts", "louder": "laU_dR", "make": "mEI_k", "me": "mi", "music": "myuzI_k", "my": "maI",
-    "new": "nu", "now": "naU", "off": "Of", "play": "_plEI", "rain": "rEIn", "read": "ri_d", "room": "rum",
-    "set": "sE_t", "some": "sVm", "stop": "s_ta_p", "the": "DV", "time": "_taIm", "turn": "_tRn", "up": "V_p",
-    "wake": "wEI_k", "weather": "wEDR", "what": "wV_t", "will": "wIl",
-}  # fmt: skip
+WORDS = dict(pair.split(":") for pair in (
+    "zero:zIrO one:wVn two:_tu three:Tri four:fOr five:faIv six:sI_ks seven:sEvVn eight:EI_t nine:naIn a:V "
+    "alarm:Vlarm an:An any:Eni at:A_t coffee:_kOfi email:imEIl for:fOr in:In is:Iz it:I_t lights:laI_ts louder:laU_dR "
+    "make:mEI_k me:mi music:myuzI_k my:maI new:nu now:naU off:Of play:_plEI rain:rEIn read:ri_d room:rum set:sE_t "
+    "some:sVm stop:s_ta_p the:DV time:_taIm turn:_tRn up:V_p wake:wEI_k weather:wEDR what:wV_t will:wIl "
+).split())  # fmt: skip
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # Intents named as SLURP names them, scenario_action; # is any digit.
@@ -604,7 +721,6 @@ COMMANDS = {
     "weather_query": ("what is the weather", "weather now", "will it rain"),
 }
 ASR_WORDS = (*DIGITS, "alarm", "lights", "music", "play", "stop", "weather")
-
 DEMO_SIZES = {"train": 800, "dev": 100, "test": 200}  # utterances
 
 
@@ -620,9 +736,7 @@ def synthesise(words, rng):
     smooth = np.hanning(5) / np.hanning(5).sum()  # over 30 ms
     tracks = np.stack([np.convolve(np.pad(t, 2, mode="edge"), smooth, "valid") for t in tracks.T])
     voice, noise, formants = tracks[0], tracks[1], tracks[2:] * tract
-
-    frames = len(voice)
-    samples = frames * hop + window
+    frames, samples = len(voice), len(voice) * hop + window
     vibrato = np.sin(2 * np.pi * rng.uniform(2, 5) * np.arange(samples) / SAMPLE_RATE)
     contour = pitch * (1.1 - 0.25 * np.linspace(0, 1, samples)) * (1 + 0.03 * vibrato)
     pulses = np.diff(np.floor(np.cumsum(contour) / SAMPLE_RATE), prepend=0) * np.sqrt(SAMPLE_RATE / pitch)
@@ -643,22 +757,17 @@ def synthesise(words, rng):
     return (signal / np.abs(signal).max() * 0.5).astype(np.float32)
 
 
-def demo_corpus(task, seed):
-    """The demo corpus: strings of one to four words for asr, commands with an intent for slu.
-
-    seed: of the training split; dev and test are the same for all.
-    """
-    splits = {}
+def demo_corpus(task, seed, raw_text=False):
+    """Strings of one to four words for asr, commands with an intent for slu. seed: of the training split alone."""
+    corpus = Corpus("demo", size=sum(DEMO_SIZES.values()))
     for number, (split, size) in enumerate(DEMO_SIZES.items()):
         rng = np.random.default_rng([seed if split == "train" else 0, number])
-        splits[split] = []
         for i in range(size):
-            if task == "asr":
-                intent, words = "", list(rng.choice(ASR_WORDS, rng.integers(1, 5)))
-            else:
+            intent, words = "", rng.choice(ASR_WORDS, rng.integers(1, 5)) if task == "asr" else ()
+            if task == "slu":
                 intent = list(COMMANDS)[i % len(COMMANDS)]
                 words = [rng.choice(DIGITS) if word == "#" else word for word in rng.choice(COMMANDS[intent]).split()]
-            samples = synthesise(words, rng)
-            seconds, text = len(samples) / SAMPLE_RATE, normalise(" ".join(words))
-            splits[split].append(Utterance(f"demo-{split}-{i:04}", samples, seconds, text, intent))
-    return Corpus("demo", **splits, size=sum(DEMO_SIZES.values()))
+            samples, text = synthesise(words, rng), transcript(" ".join(words), raw_text)
+            name, seconds = f"demo-{split}-{i:04}", len(samples) / SAMPLE_RATE
+            getattr(corpus, split).append(Utterance(name, samples, seconds, text, intent))
+    return corpus

@@ -21,6 +21,7 @@ training set, or in two of the others (a speaker's last ones may be shorter). Th
 """
 
 import argparse
+import glob
 import itertools
 import os
 import random
@@ -34,12 +35,28 @@ import soundfile
 DIGITS = "zero one two three four five six seven eight nine".split()
 
 
+def refuse(message):
+    """End with one line that says what is wrong."""
+    print(f"corpora: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def listed(folder, pattern):
+    """The files that match a pattern, without those whose names begin with a dot, as macOS's archives leave them."""
+    if not folder.is_dir():
+        refuse(f"{folder}: there is no such folder")
+    return [folder / path for path in sorted(glob.glob(pattern, root_dir=folder))]
+
+
 def digits(folder, test_speakers):
     """(split, path, text, intent, speaker) of each recording of the Free Spoken Digit Dataset that is in a split."""
-    recordings = [(path, *path.stem.split("_")) for path in sorted((folder / "recordings").glob("?_*_*.wav"))]
+    named = [(path, re.fullmatch(r"(\d)_(\w+)_(\d+)\.wav", path.name)) for path in listed(folder, "recordings/*.wav")]
+    recordings = [(path, *match.groups()) for path, match in named if match]
+    if not recordings:
+        refuse(f"{folder}: holds no recordings/DIGIT_SPEAKER_TAKE.wav; give the corpus's own folder")
     unknown = set(test_speakers) - {speaker for _, _, speaker, _ in recordings}
     if unknown:
-        sys.exit(f"{folder}: has no speaker {', '.join(sorted(unknown))}")
+        refuse(f"{folder}: has no speaker {', '.join(sorted(unknown))}")
     for path, digit, speaker, take in recordings:
         split = (
             "test" if speaker in test_speakers else "train" if int(take) >= 10 else "dev" if int(take) >= 5 else None
@@ -50,8 +67,11 @@ def digits(folder, test_speakers):
 
 def commands(folder):
     """(split, path, text, intent, speaker) of each recording of Speech Commands of which the speaker is known."""
-    for path in sorted(folder.glob("*/*.wav")):
-        match = re.fullmatch(r"(?:(\w+)_)?([0-9a-f]{8})_nohash_\d+(?:\.wav)+", path.name)
+    pattern = r"(?:(\w+)_)?([0-9a-f]{8})_nohash_\d+(?:\.wav)+"
+    found = [(path, re.fullmatch(pattern, path.name)) for path in listed(folder, "*/*.wav")]
+    if not any(match for _, match in found):
+        refuse(f"{folder}: holds no recordings WORD/SPEAKER_nohash_TAKE.wav; give the corpus's own folder")
+    for path, match in found:
         if match:
             place = int(match[2], 16) % 100
             label = path.parent.name.strip("_")
@@ -85,7 +105,7 @@ def write_tables(rows, folder):
     for split in ("train", "dev", "test"):
         lines = [(os.path.relpath(path, folder), *rest) for name, path, *rest in rows if name == split]
         if not lines:
-            sys.exit(f"{folder}: nothing was found for {split}.tsv; give the corpus's own folder")
+            refuse(f"{folder}: nothing was found for {split}.tsv; give the corpus's own folder")
         text = "\n".join("\t".join(line) for line in [("path", "sentence", "intent", "speaker"), *lines])
         (folder / f"{split}.tsv").write_text(text + "\n", encoding="utf-8")
         print(f"{folder / split}.tsv: recordings: {len(lines)}, speakers: {len({line[-1] for line in lines})}")
@@ -100,7 +120,7 @@ def main():
     parser.add_argument("--strings", action="store_true", help="of commands: strings of a speaker's words")
     options = parser.parse_args()
     if options.strings and options.corpus != "commands":
-        parser.exit(2, "corpora: --strings is for commands\n")
+        refuse("--strings is for commands")
     rows = digits(options.folder, options.test.split(",")) if options.corpus == "digits" else commands(options.folder)
     write_tables(strings(rows, options.tables / "audio") if options.strings else rows, options.tables)
 

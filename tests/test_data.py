@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 import struct
 import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -266,10 +268,49 @@ def test_the_vocabulary_is_the_blank_the_space_and_what_the_transcripts_hold():
         ("हिन्दी", "हिन्दी"),  # vowel signs are marks
         ("１２ ﬁne", "12 FINE"),
         ("日本語。", "日本語"),
+        ("ılık İzmir izmir", "ILIK İZMIR IZMIR"),
+        ("el col·legi · l·", "EL COL·LEGI L"),
+        ("o‘zbek oʻ ʼn ŉ didn＇t", "O'ZBEK O' 'N 'N DIDN'T"),
+        ("ක්‍රියා می‌خواهم‌", "ක්‍රියා می‌خواهم"),
+        ("kʰa ˧ m² ꜜ", "KʰA ˧ M² ꜜ"),
+        ("二〇二五年", "二〇二五年"),
+        ("co\u00adop\u2060er\ufeffate a\u200bb", "COOPERATE A B"),
+        ("a \u2764\ufe0f \U0001f469\u200d\U0001f4bb b \U0001f3fd", "A B"),
+        ("<unk> hi [noise]{breath}(laughs loudly)＜unk＞【笑】</s>", "HI"),
+        ("i <3 you and you > me (2 of us)", "I 3 YOU AND YOU ME 2 OF US"),
+        (f"({'a' * 41})", "A" * 41),
     ],
 )
 def test_transcripts_keep_letters_marks_digits_and_apostrophes_of_any_script(text, expected):
     assert data.normalise(text) == expected
+
+
+def test_normalising_twice_changes_nothing_more():
+    often = "<>[](){}'`·/ |aŉßΐİ\u0301\u0345\u00ad\u200b\u200c\u200d"
+    characters, draw = [*map(chr, range(0, 0x30000, 7)), *often * 500], random.Random(0)
+    for _ in range(20_000):
+        once = data.normalise(text := "".join(draw.choices(characters, k=6)))
+        assert data.normalise(once) == once, ascii(text)
+
+
+def test_each_character_that_is_left_out_is_counted():
+    dropped = Counter()
+    data.normalise("a, b,\tc? <unk> d·e · \u00ad<unk> [Noise]", dropped)
+    assert dropped == {",": 2, "?": 1, "<unk>": 2, "[Noise]": 1, "·": 1, "\u00ad": 1}
+    data.normalise("straße ’n ｆ", dropped := Counter())
+    assert not dropped
+
+
+def test_raw_transcripts_keep_all_but_white_space_controls_and_the_word_delimiter():
+    assert data.transcript(" S s\u3000<unk>|ˈtʃ\x00,\n\ud800 ﬁ ", raw_text=True) == "S s <unk> ˈtʃ , ﬁ"
+    assert data.transcript("S s, ", raw_text=False) == "S S"
+
+
+def test_labels_of_several_characters_are_output_and_marks_are_not():
+    labels = ["<pad>", "tʃ", "ɑː", "▁the", "▁", "|", "<s>", "[UNK]", "<", "["]
+    assert [label for label in labels if data.is_mark(label)] == ["<pad>", "<s>", "[UNK]"]
+    assert data.decode(torch.tensor([0, 1, 1, 2, 6, 3, 4, 1, 5, 2, 7, 8, 9, 0, 9]), labels) == "tʃɑː the tʃ ɑː<[["
+    assert data.decode(torch.tensor([0, 1, 0]), ["x", "y"]) == "y"  # the first is the blank, whatever its name
 
 
 def test_decoding_collapses_repeats_and_then_removes_blanks():
@@ -314,6 +355,8 @@ def test_error_rates_are_over_the_whole_corpus():
     assert data.error_rate(references, hypotheses) == 3 / 4  # one substitution, one insertion, one deletion
     assert data.error_rate(["AB"], ["ACB"], split=list) == 1 / 2
     assert data.error_rate(references, references) == 0
+    assert data.error_rates(references, hypotheses, characters=False) == {"word_error_rate": 3 / 4}
+    assert data.error_rates(["AB"], ["ACB"]) == {"word_error_rate": 1, "character_error_rate": 1 / 2}
     with pytest.raises(ValueError, match="argument"):
         data.error_rate(["A"], [])
 
@@ -454,7 +497,7 @@ def test_rows_of_a_table_that_cannot_be_used_are_skipped_with_their_reason(tmp_p
     assert len(corpus.train) == 12
     assert [
         word in reason
-        for word, reason in zip(("missing.mp3: is missing", "line 15", "transcript is empty"), corpus.skipped)
+        for word, reason in zip(("missing.mp3: is missing", ".tsv: line 15", "transcript is empty"), corpus.skipped)
     ] == [True] * 3
     path.write_text(path.read_text() + "2\ttrain-1.mp3\ta\t \tc\td\n")
     assert any("intent" in reason for reason in open_corpus(root, "slu", skip_bad=True).skipped)
@@ -537,9 +580,248 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
     assert [sorted(u.text.split()) for u in found.test] == [["TREE", "YES"]] * 2
     assert len(found.train) == 8 and {u.speaker for u in found.train} == {"00000037"}
     assert [u.seconds for u in found.test] == [1, 1]  # two words of half a second
-    command[2:] = ["digits", tmp_path / "commands", tmp_path / "wrong"]
-    wrong = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert wrong.returncode and len(wrong.stderr.splitlines()) == 1
+    (tmp_path / "commands" / "_silence_").rename(tmp_path / "silence")
+    (tmp_path / "digits" / "recordings" / "._0_ann_3.wav").touch()
+    for corpus, folder, words in (
+        ("digits", "nowhere", "no such folder"),
+        ("commands", "nowhere", "no such folder"),
+        ("digits", "commands", "holds no recordings"),
+        ("commands", "silence", "holds no recordings"),
+        ("digits", "digits", "no speaker lucas"),
+    ):
+        command[2:] = [corpus, tmp_path / folder, tmp_path / "wrong"]
+        wrong = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1) and words in wrong.stderr
+
+
+def write_manifest(root, ending, texts, write, audio="x.wav"):
+    """The same utterances as train, dev and test. write: from the texts to the manifest's content."""
+    speak(root / audio)
+    for split in ("train", "dev", "test"):
+        (root / f"{split}{ending}").write_bytes(write(texts))
+    return root
+
+
+def texts_of(root, **flags):
+    return [u.text for u in open_corpus(root, "asr", **flags).train]
+
+
+def quoted(delimiter, end="\n", encoding="utf-8"):
+    def write(texts):
+        rows = [delimiter.join(("audio_file", "transcript"))]
+        rows += [delimiter.join(("x.wav", '"' + text.replace('"', '""') + '"')) for text in texts]
+        return end.join(rows).encode(encoding)
+
+    return write
+
+
+def objects(texts, **others):
+    return "\n".join(json.dumps({"audio_filepath": "x.wav", "text": text, **others}) for text in texts).encode()
+
+
+@pytest.mark.parametrize(
+    ("ending", "write"),
+    [
+        (".jsonl", objects),
+        (".JSONL", lambda texts: b"\xef\xbb\xbf\n" + objects(texts)),
+        (".csv", quoted(",")),
+        (".CSV", quoted(";", "\r\n", "utf-8-sig")),
+        (".csv", quoted("\t")),
+        (".TSV", quoted("\t", "\r\n")),
+    ],
+)
+def test_manifests_are_read_as_their_writers_mean_them(tmp_path, ending, write):
+    root = write_manifest(tmp_path, ending, ['one "two",\n\n; three', "four", "five"], write)
+    assert texts_of(root) == ["ONE TWO THREE", "FOUR", "FIVE"]
+    assert texts_of(root, raw_text=True)[0] == 'one "two", ; three'
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (['path\tsentence\tid', 'x.wav\t"a b\t1', 'x.wav\tc d"\t2'], ["A B", "C D"]),
+        (['path\tsentence', 'x.wav\t"a', 'x.wav\tb"'], ["A", "B"]),
+        (['path\tsentence', 'x.wav\t"a" b', 'x.wav\t"c'], ["A B", "C"]),
+        (['sentence\tpath', '"a\tx.wav', 'b"\tx.wav'], ["A", "B"]),
+        (['path\tsentence\tid', 'x.wav\ta\t"1', '2"\tx.wav\tb', 'x.wav\tb\t3'], ["A", "B"]),
+    ],
+)
+def test_quotation_marks_that_are_part_of_the_sentences_are_no_quoting(tmp_path, lines, expected):
+    root = write_manifest(tmp_path, ".tsv", [], lambda texts: "\n".join(lines).encode())
+    assert texts_of(root, skip_bad=True) == expected
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        "[]",
+        "7",
+        "{",
+        '{"text": "a"}',
+        '{"audio_filepath": "x.wav"}',
+        '{"audio_filepath": "x.wav", "text": null}',
+        '{"audio_filepath": "x.wav", "text": ["a"]}',
+        '{"audio_filepath": {"a": 1}, "text": "a"}',
+        '{"audio_filepath": "a\\u0000\\n", "text": "a"}',
+        '{"audio_filepath": "\\ud800", "text": "a"}',
+    ],
+)
+def test_a_line_of_a_manifest_that_cannot_be_used_is_skipped_with_its_reason(tmp_path, line):
+    write_manifest(tmp_path, ".jsonl", ["a", 7], objects)
+    (tmp_path / "train.jsonl").write_bytes(objects(["a", 7]) + b"\n\n" + line.encode())
+    corpus = open_corpus(tmp_path, "asr", skip_bad=True)
+    assert [u.text for u in corpus.train] == ["A", "7"]
+    (reason,) = corpus.skipped
+    assert "train.jsonl: line 4 " in reason
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "words"),
+    [
+        (".csv", b'path,text\nx.wav,"a" b\n', r"train\.csv: line 2 is no CSV"),
+        (".tsv", "path\ttext\nx.wav\ta\n".encode("utf-16"), r"train\.tsv: is not UTF-8"),
+        (".tsv", "path\ttext\nx.wav\ta\n".encode("utf-16-le"), r"train\.tsv: its first line names no column path"),
+        (".csv", b"path,text\nx.wav,\0\n", "transcript is empty"),
+        (".csv", b"path,text\nx.wav,a,b\n", r"train\.csv: line 2 has 3 fields"),
+        (".csv", b"path;sentences\nx.wav;a\n", "no column sentence or text"),
+        (".jsonl", objects(["a"], offset=1.5), r"train\.jsonl: line 1 is a part of x\.wav; cut"),
+        (".csv", b"path,text,offset\nx.wav,a,0.0\nx.wav,b,0.50\n", r"line 3 is a part of x\.wav; cut"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read_says_why_in_one_line(tmp_path, ending, content, words):
+    write_manifest(tmp_path, ending, [], lambda texts: content)
+    with pytest.raises(UserError, match=words) as info:
+        open_corpus(tmp_path, "asr")
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "keys", [("scenario", "action", "sentence", "recordings"), ("audio_filepath", "text", "offset")]
+)
+def test_objects_of_any_depth_are_skipped(tmp_path, keys):
+    slurp = "recordings" in keys
+    root = make_slurp(tmp_path) if slurp else write_manifest(tmp_path, ".jsonl", ["a"], objects)
+    path = next(root.rglob("train.jsonl"))
+    lines = path.read_text().rstrip()
+    for depth in range(100, 1_100, 25):
+        nested = "[" * depth + "]" * depth
+        entry = ", ".join(f'"{key}": {nested}' for key in keys)
+        path.write_text(f"{lines}\n{{{entry}}}\n{nested}\n")
+        assert len(open_corpus(root, "slu" if slurp else "asr", skip_bad=True).skipped) == 2
+
+
+def test_huge_fields_and_an_offset_of_zero_are_no_trouble(tmp_path):
+    table = b"path,text,array,offset\nx.wav,a,\"" + b"1 " * 100_000 + b'",0.0\n'
+    assert texts_of(write_manifest(tmp_path, ".csv", [], lambda texts: table)) == ["A"]
+
+
+def test_common_voice_without_mp3_and_librispeech_with_endings_in_capitals(tmp_path):
+    root = make_table(tmp_path / "table")
+    for path in root.glob("*.tsv"):
+        path.write_text(path.read_text().replace(".mp3", ""))
+    assert len(open_corpus(root, "asr").train) == 12
+    for path in make_librispeech(tmp_path / "libri").glob("*/*/*/*.flac"):
+        path.rename(path.with_suffix(".FLAC"))
+    assert len(open_corpus(tmp_path / "libri", "asr").train) == 3
+
+
+def test_a_layout_is_known_by_the_subsets_that_are_asked_for(tmp_path):
+    root = make_librispeech(tmp_path)
+    for name in ("durations.tsv", "._train.tsv", "._test.tsv", "notes.jsonl", "a.csv"):
+        (root / name).write_text("a\tb\n")
+    os.mkfifo(root / "train.tsv")
+    assert open_corpus(root, "asr").kind == "LibriSpeech"
+    make_table(root, splits=("mine",))
+    assert open_corpus(root, "asr", subsets={"train": "mine"}, splits=("train",)).kind == "table"
+    with pytest.raises(UserError, match=r"mine\.tsv|other\.tsv|train-clean-360"):
+        open_corpus(root, "asr", subsets={"train": "train-clean-360"}, splits=("train",))
+    for name in ("dev", "test"):
+        (root / f"{name}-clean").rename(root / f"{name}-other")
+    (root / "train-clean-100").rename(root / "train-other-500")
+    with pytest.raises(UserError, match=r"train-clean-100: there is no such train subset.*--train"):
+        open_corpus(root, "asr")
+    make_slurp(tmp_path / "slurp")
+    (tmp_path / "slurp" / "dataset" / "slurp").rename(tmp_path / "annotations")
+    for path in (tmp_path / "annotations").iterdir():
+        path.rename(tmp_path / "slurp" / path.name)
+    assert open_corpus(tmp_path / "slurp", "slu").kind == "SLURP"
+
+
+def test_names_that_begin_with_a_dot_are_passed_over(tmp_path):
+    for path in list(make_librispeech(tmp_path).glob("*/*/*/*")):
+        path.with_name(f"._{path.name}").write_bytes(b"\xa3\xff")
+    (tmp_path / "train-clean-100" / "84" / ".DS_Store").write_bytes(b"\xff")
+    hidden = tmp_path / "train-clean-100" / ".cache" / "1" / "x.trans.txt"
+    hidden.parent.mkdir(parents=True)
+    hidden.write_bytes(b"x A\n")
+    corpus = open_corpus(tmp_path, "asr")
+    assert (len(corpus.train), corpus.skipped) == (3, {})
+
+
+def test_a_pipe_in_a_corpus_is_skipped_and_never_waited_for(tmp_path):
+    path = make_kaldi(tmp_path) / "WAVE" / "train" / "train.u-1.WAV"
+    path.unlink()
+    os.mkfifo(path)
+    unblock = threading.Timer(5, path.write_bytes, [b""])  # or the test would never end if it failed
+    unblock.daemon = True
+    unblock.start()
+    (reason,) = open_corpus(tmp_path, "asr", skip_bad=True).skipped
+    unblock.cancel()
+    assert reason == f"{path}: is no regular file"
+
+
+def test_the_splits_that_are_there_are_opened_for_evaluation(tmp_path):
+    root, splits = make_table(tmp_path, splits=("test",)), ("dev", "test")
+    corpus = open_corpus(root, "asr", splits=splits)
+    assert (corpus.train, corpus.dev, len(corpus.test)) == ([], [], 12)
+    for asked in (("dev",), ("train", "dev", "test")):
+        with pytest.raises(UserError, match=rf"{asked[0]}\.tsv: there is no such {asked[0]} subset.*--{asked[0]}"):
+            open_corpus(root, "asr", splits=asked)
+    with pytest.raises(UserError, match=r"mine\.tsv: there is no such dev subset"):  # what is named must be there
+        open_corpus(root, "asr", splits=splits, subsets={"dev": "mine"})
+    make_table(root, splits=("train",), count=1)
+    assert len(open_corpus(root, "asr", splits=splits).test) == 12  # one utterance is too few to lend one
+    make_table(root, splits=("train",))
+    assert open_corpus(root, "asr", splits=splits).dev
+    (root / "test.tsv").unlink()
+    corpus = open_corpus(root, "asr", splits=splits)
+    assert corpus.dev and not corpus.test
+
+
+def test_a_corpus_is_known_by_what_is_in_it_and_not_by_where_it_is(tmp_path):
+    first = open_corpus(make_table(tmp_path / "a"), "asr")
+    assert re.fullmatch("[0-9a-f]{64}", first.fingerprint)
+    assert open_corpus((tmp_path / "a").rename(tmp_path / "b"), "asr").fingerprint == first.fingerprint
+    seen = {first.fingerprint}
+    for change in ({"name": "x"}, {"text": "x"}, {"intent": "x"}, {"seconds": 0.502}):
+        seen.add(replace(first, dev=[replace(first.dev[0], **change), *first.dev[1:]]).fingerprint)
+    seen.add(replace(first, dev=first.test, test=first.dev).fingerprint)
+    seen.add(replace(first, kind="Kaldi").fingerprint)
+    assert len(seen) == 7
+    same = replace(first, dev=[replace(u, seconds=u.seconds + 1e-5) for u in first.dev])
+    assert same.fingerprint == first.fingerprint
+
+
+def test_what_is_left_out_of_transcripts_is_said_once_with_how_often(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = write_manifest(tmp_path, ".jsonl", ["a, b, <unk>", "c\u202e?"], objects)
+    open_corpus(root, "asr")
+    (line,) = [record.getMessage() for record in caplog.records if "--raw-text" in record.getMessage()]
+    assert ": , (6), <unk> (3), " in line and "U+202E (3)" in line and "? (3)" in line
+    caplog.clear()
+    assert open_corpus(root, "asr", raw_text=True).test[0].text == "a, b, <unk>"
+    assert "--raw-text" not in caplog.text
+
+
+def test_the_folder_of_a_corpus(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert data.corpus_folder("demo") is None
+    assert data.corpus_folder("~/mine") == tmp_path / "mine"
+    for path in ("~/nowhere", "x" * 5_000, "~nobody-has-this-name/x"):
+        with pytest.raises(UserError, match="no such folder"):
+            data.corpus_folder(path)
 
 
 def make_kaldi(root, splits=("train", "dev", "test"), count=4):
@@ -574,6 +856,22 @@ def test_a_kaldi_data_directory(tmp_path, caplog):
     assert "utt2intent" not in caplog.text
     assert open_corpus(root, "slu").test[1].intent == "ПРИВЕТ 1"
     assert "has no utt2intent" in caplog.text
+
+
+def test_paths_of_a_kaldi_data_directory_may_be_from_the_current_folder(tmp_path, monkeypatch):
+    root = make_kaldi(tmp_path / "data")
+    (root / "WAVE").rename(tmp_path / "WAVE")
+    with pytest.raises(UserError, match="is missing"):
+        open_corpus(root, "asr")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_corpus("data", "asr").train) == 4
+
+
+def test_a_kaldi_archive_is_named_as_such(tmp_path):
+    path = make_kaldi(tmp_path) / "train" / "wav.scp"
+    path.write_text(path.read_text().replace("WAVE/train/train.u-2.WAV", "raw/wav.1.ark:1234"))
+    (reason,) = open_corpus(tmp_path, "asr", skip_bad=True).skipped
+    assert "train.u-2 is in a Kaldi archive, which is not read; write its audio to a file" in reason
 
 
 def test_a_command_in_wav_scp_is_refused_and_never_run(tmp_path):
@@ -780,6 +1078,7 @@ def test_the_demo_trains_on_what_the_seed_gives_and_tests_on_the_same(monkeypatc
         assert (first.text, first.intent) == (second.text, second.intent)
         assert np.array_equal(first.audio, second.audio)
     assert any(x.text != y.text for x, y in zip(a.train, c.train))
+    assert a.fingerprint == b.fingerprint != c.fingerprint
     assert not any(x.text == y.text and np.array_equal(x.audio, y.audio) for x in a.train for y in a.test)
     assert all(
         x.text == y.text and np.array_equal(x.audio, y.audio)
