@@ -50,9 +50,12 @@ def test_the_run_is_watched(small, capsys, tmp_path):
     assert entries[5]["expected"] == report["expected"]
     counts = {(kind, i): n for kind, row in report["expected_counts"].items() for i, n in enumerate(row)}
     dense = Shape.from_dict(report["dense"]["shape"])
-    costs = [cost(shape, SAMPLES) for shape in (dense.with_counts(counts), dense)]
-    shares = [constraint.measure(costs[0]) / constraint.measure(costs[1]) for constraint in METHODS["sepsize"]]
-    assert shares == pytest.approx(report["expected"], abs=2e-3)
+    for constraint, expected in zip(METHODS["sepsize"], report["expected"]):
+        low, high = (  # the counts are rounded to a tenth, and a cost grows with each of them
+            constraint.measure(cost(dense.with_counts({place: n + off for place, n in counts.items()}), SAMPLES))
+            for off in (-0.05, 0.05)
+        )
+        assert low <= expected * constraint.measure(cost(dense, SAMPLES)) <= high
     assert entries[0]["expected"] == [1, 1]
     assert entries[6]["expected"] == entries[8]["expected"] == report["kept"]  # right after slicing
     assert re.search(
