@@ -211,6 +211,43 @@ def test_many_files_are_recognised_in_batches_as_each_alone(tmp_path, monkeypatc
     assert found[:3] + found[4:] == alone[:3] + alone[4:]
 
 
+@pytest.mark.parametrize("piece", [60, 2])  # the longest of the batch is within it, or is recognised in pieces
+def test_a_padded_batch_is_transcribed_as_each_utterance_alone(monkeypatch, piece):
+    """Also where features of 0, which padding has, give letters."""
+    monkeypatch.setattr(transformer, "PIECE_SECONDS", piece)
+    monkeypatch.setattr(transformer, "OVERLAP_SECONDS", 1)
+    torch.manual_seed(0)
+    model = sslprune.SpeechModel(tiny(seed=3), "asr", LETTERS).eval()
+    with torch.no_grad():
+        model.head.bias.copy_(torch.linspace(0, 0.5, len(LETTERS)))
+    lengths = torch.tensor([80_000, 500, 16_000, 31_000, 32_001, 47_000, 62_345])
+    waveforms = torch.randn(len(lengths), 80_000)
+    alone = [model.transcribe(waveform[None, :n])[0] for waveform, n in zip(waveforms, lengths.tolist())]
+    assert model.transcribe(waveforms, lengths) == alone
+    silence = model.head(torch.zeros(model.head.in_features))
+    assert LETTERS[silence.argmax()] == "Z"
+    assert not all(text.endswith("Z") for text in alone)  # which a frame of padding would add
+
+
+def test_the_pieces_of_a_long_recording_have_each_of_its_frames_once(monkeypatch):
+    """Of every length: each sample is its own number, so that a frame's first sample says which frame it is."""
+    monkeypatch.setattr(transformer, "PIECE_SECONDS", 2)
+    monkeypatch.setattr(transformer, "OVERLAP_SECONDS", 1)
+    monkeypatch.setattr(data, "decode", lambda outputs, labels: outputs.tolist())
+
+    class Model(sslprune.SpeechModel):
+        def forward(self, waveforms, *_):
+            assert waveforms.shape[1] <= 32_000 + 80  # the last frame reaches over the next one's beginning
+            first = waveforms[0, : waveforms.shape[1] - 400 + 1 : 320].long() // 320
+            return torch.nn.functional.one_hot(first, 500)[None].float(), None
+
+    model, samples = Model(tiny(), "asr", LETTERS), torch.arange(140_000.0)[None]
+    lengths = [*range(32_001, 140_000, 1_117), *(near + off for near in (48_000, 64_000) for off in range(-400, 401, 80))]
+    for length in lengths:
+        (found,) = model.transcribe(samples[:, :length])
+        assert found == list(range((length - 400) // 320 + 1)), length
+
+
 @pytest.mark.parametrize("task", ["asr", "slu"])
 def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, task, caplog, monkeypatch):
     caplog.set_level("INFO")
