@@ -21,8 +21,14 @@ from flops import SAMPLES, Shape, UserError, cost
 from gates import METHODS
 
 
-def test_the_run_is_watched(small, capsys, tmp_path):
-    out = tmp_path / "run"
+def test_the_run_is_watched(small, capsys, monkeypatch, tmp_path):
+    out, losses, loss = tmp_path / "run", [], sslprune.SpeechModel.loss
+
+    def recorded(*arguments):
+        losses.append(loss(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", recorded)
     updates = "--dense-updates 4 --prune-updates 8 --finetune-updates 4 --evaluate-updates 3 --warmup-share 0.5".split()
     status, printed, _ = run(capsys, "--task", "asr", "--budget", "0.8", "--method", "sepsize", "--out", out, *updates)
     assert status == 0
@@ -43,6 +49,14 @@ def test_the_run_is_watched(small, capsys, tmp_path):
         assert list(entry) == ["phase", "update", "loss", "lr", "target", "expected", "multipliers", "dev"]
         assert (entry["loss"] is None) == (entry["update"] == 0)
         assert (entry["multipliers"] is None) == (entry["phase"] != "prune")
+    # The loss is the task's, without the penalty, and a mean over the updates since the entry before.
+    spans = [(0, 3), (3, 4), (4, 7), (7, 10), (10, 12), (12, 15), (15, 16)]
+    means = [torch.stack(losses[first:last]).mean().item() for first, last in spans]
+    assert [entry["loss"] for entry in entries if entry["update"]] == pytest.approx(means)
+    assert max(entries[5]["multipliers"][0]) > 0.1  # so that there was a penalty
+    # The rate is the weights' at the last update before: of 4 the 3rd and 4th, of 8 the 3rd, 6th and 8th.
+    stages = [1, 0.05**0.5, 1, 0.05**0.25, 0.05**0.75, 1, 0.05**0.5]
+    assert [entry["lr"] for entry in entries if entry["update"]] == pytest.approx([1e-3 * stage for stage in stages])
     targets = [1, 1, 1, 1 - 0.2 * 0.75, 0.8, 0.8, 0.8, 0.8, 0.8]
     assert [entry["target"] for entry in entries] == pytest.approx(targets)
     assert entries[1]["dev"] == report["metrics"]["dense"]["dev"]["word_error_rate"]
