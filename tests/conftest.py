@@ -1,7 +1,12 @@
 """What several tests use: small models, and checkpoints in the layouts of the public libraries."""
 
 import argparse
+import functools
 import json
+import logging
+import multiprocessing
+import os
+import socket
 import struct
 import sys
 from dataclasses import replace
@@ -74,9 +79,37 @@ def tiny(kinds=(), seed=0, spread=3.0, shape=TINY):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The demo corpus and the model from scratch at a size for tests."""
+    """The demo corpus and the model from scratch at a size for tests; the report's forward is timed once."""
     monkeypatch.setattr(data, "DEMO_SIZES", {"train": 40, "dev": 5, "test": 6})
     monkeypatch.setattr(sslprune, "SMALL", replace(TINY, heads=(3, 2, 4, 4), units=(60, 60, 60, 60)))
+    monkeypatch.setattr(sslprune, "forward_seconds", functools.partial(sslprune.forward_seconds, repeats=1))
+
+
+def as_processes(count, work, printed):
+    """The exit statuses of work(rank) in each of `count` forked processes that are told what torchrun tells its own.
+
+    printed: the file into which all of them print.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_RUN_ID": "x"}
+
+    def begin(rank):
+        os.environ.update(address, WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank))
+        logging.getLogger().handlers.clear()
+        sys.stdout = sys.stderr = open(printed, "a", buffering=1)  # noqa: SIM115
+        sys.exit(work(rank))
+
+    torch.optim.Adam([torch.zeros(1)])  # imports half of torch, here and not in each process
+    processes = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        process.kill()  # where it hangs
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="session")

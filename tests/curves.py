@@ -14,6 +14,7 @@ before the test set was looked at.
 """
 
 import argparse
+import functools
 import textwrap
 from pathlib import Path
 
@@ -25,7 +26,13 @@ from gates import KINDS
 
 MARGIN = 0.02  # of the dense model's error
 DRAWS = 10_000
-METHODS = {"dense": "#000000", "mac": "#0072b2", "transformer": "#d55e00", "size": "#009e73", "sepsize": "#cc79a7"}
+METHODS = {  # in the figure
+    "dense": ("#000000", "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0Z"),
+    "mac": ("#0072b2", "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0Z"),
+    "transformer": ("#d55e00", "M-3.2-3.2h6.4v6.4h-6.4Z"),
+    "size": ("#009e73", "M0-4.6L4.6 0L0 4.6L-4.6 0Z"),
+    "sepsize": ("#cc79a7", "M0-4.8L4.4 3.2H-4.4Z"),
+}
 TASKS = {"asr": "word errors", "slu": "intents wrong"}
 MORE_ACCURATE, NO_WORSE, LITTLE_WORSE = "more accurate", "no worse", "worse by less than the margin"
 SHOWS_BETTER, SHOWS_NO_WORSE = {MORE_ACCURATE}, {MORE_ACCURATE, NO_WORSE, LITTLE_WORSE}
@@ -57,6 +64,13 @@ class Point:
         return np.mean([m["word_error_rate"] if "word_error_rate" in m else 1 - m["intent_accuracy"] for m in metrics])
 
 
+@functools.cache
+def drawn(*sizes):
+    """How often each of so many speakers, and each of so many seeds, is drawn: (DRAWS, size) each, always the same."""
+    random = np.random.RandomState(0)
+    return [random.multinomial(size, [1 / size] * size, size=DRAWS) for size in sizes]
+
+
 def difference(point, other, draw_seeds=False):
     """Point's error less other's, in the seeds that both have, and its interval: (difference, lower, upper).
 
@@ -67,10 +81,8 @@ def difference(point, other, draw_seeds=False):
         return None
     changes = np.array([point.counts[seed][:, 0] - other.counts[seed][:, 0] for seed in seeds])  # (seeds, speakers)
     total = point.counts[min(seeds)][:, 1]  # of a seed; every one has the same test set
-    random = np.random.RandomState(0)
-    speakers = random.multinomial(len(total), [1 / len(total)] * len(total), size=DRAWS)
-    draws = random.multinomial(len(seeds), [1 / len(seeds)] * len(seeds), size=DRAWS) if draw_seeds else 1
-    errors = (speakers @ changes.T * draws).sum(1)
+    speakers, draws = drawn(len(total), len(seeds))
+    errors = (speakers @ changes.T * (draws if draw_seeds else 1)).sum(1)
     lower, upper = np.percentile(errors / (speakers @ total * len(seeds)), (2.5, 97.5))
     return changes.sum() / (total.sum() * len(seeds)), lower, upper
 
@@ -204,11 +216,23 @@ def axes(task, left, x, y, fewest, low, high):
     ]
 
 
+def sign(method, x, y):
+    """An SVG element: a method's sign about a place."""
+    colour, path = METHODS[method]
+    return f'<path class="{method}" transform="translate({x:.2f} {y:.2f})" d="{path}" fill="{colour}"/>'
+
+
 def panel(task, points, left):
-    """SVG elements: error on test over MACs kept, with the interval of its difference from dense about each point."""
+    """SVG elements: error on test over MACs kept, as the table has them, each with an interval about it.
+
+    The interval is that of its difference from dense. Points of one seed are compared with that seed of dense, and so
+    the line of dashes, all seeds of dense, is not what it is to be held against.
+    """
     reference = np.mean(points["dense", 1.0].errors())
-    differences = {key: difference(p, points["dense", 1.0]) for key, p in points.items()}
-    spans = {key: [reference + v for v in values] for key, values in differences.items() if values}
+    spans = {}  # error, and the ends of the interval
+    for key, p in points.items():
+        if found := difference(p, points["dense", 1.0]):
+            spans[key] = [np.mean(p.errors()) + value - found[0] for value in found]
     low, high = min(span[1] for span in spans.values()), max(span[2] for span in spans.values())
     margin = 0.05 * max(high - low, 0.01)
     low, high = low - margin, high + margin
@@ -222,17 +246,18 @@ def panel(task, points, left):
 
     body = axes(task, left, x, y, fewest, low, high)
     body.append(f'<path d="M{left} {y(reference):.1f}h380" stroke="#000" stroke-dasharray="4 3"/>')
-    for i, (method, colour) in enumerate(METHODS.items()):
+    for i, (method, (colour, _)) in enumerate(METHODS.items()):
         mine = sorted((points[key].macs, span) for key, span in spans.items() if key[0] == method)
-        beside = 3 * (i - 1)  # or equal MACs would lie on each other
-        places = [(x(macs) + beside, *map(y, span)) for macs, span in mine]
-        body += [f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" stroke="{colour}"/>' for px, _, bottom, top in places]
-        body += [f'<circle cx="{px:.1f}" cy="{at:.1f}" r="3.5" fill="{colour}"/>' for px, at, _, _ in places]
-        line = " ".join(f"{px:.1f},{at:.1f}" for px, at, _, _ in places)
-        body.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
+        places = [(x(macs), *map(y, span)) for macs, span in mine]
+        # Where MACs are equal, intervals lie on each other: thin and half transparent, both are seen.
+        line = f'stroke="{colour}" stroke-opacity="0.6"'
+        body += [f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" {line}/>' for px, _, bottom, top in places]
+        body.append(f'<polyline points="{" ".join(f"{px:.1f},{at:.1f}" for px, at, *_ in places)}" fill="none" {line}/>')
+        body += [sign(method, px, at) for px, at, *_ in places]
         if mine:
-            body.append(f'<text x="{left + 80 * i}" y="360" fill="{colour}">{method}</text>')
-    return body
+            body.append(sign(method, left + 80 * i + 4, 356))
+            body.append(f'<text x="{left + 80 * i + 13}" y="360" fill="{colour}">{method}</text>')
+    return [f'<g id="{task}">', *body, "</g>"]
 
 
 def figure(tasks):

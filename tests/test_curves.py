@@ -1,6 +1,7 @@
 """The experiment's statistics, worked out by hand, and that the README says what they say."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,10 +44,48 @@ def result(errors, method="mac", budget=0.5, seed=0, task="asr", words=10, **fie
     }
 
 
+@pytest.fixture(scope="module")
+def published():
+    return curves.read(HERE / "results.jsonl")
+
+
 def written(tmp_path, results):
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in results))
     return path
+
+
+def panels(tasks):
+    """{task: element} of the figure."""
+    svg = ElementTree.fromstring(curves.figure(tasks))
+    return {group.get("id"): list(group.iter()) for group in svg.findall("{*}g")}
+
+
+def signs(panel):
+    """The signs in a panel's frame: (method, x, y). What each means stands below the frame."""
+    found = [element for element in panel if element.get("class")]
+    places = [re.fullmatch(r"translate\((\S+) (\S+)\)", element.get("transform")).groups() for element in found]
+    found = [(element.get("class"), float(x), float(y)) for element, (x, y) in zip(found, places)]
+    return [sign for sign in found if sign[2] < 300]
+
+
+def test_a_point_of_the_figure_stands_where_its_figures_in_the_table_put_it(published):
+    """Read by the numbers at the axes."""
+    told, drawn = [], []
+    for row in curves.table(published).splitlines()[2:]:
+        name, macs, _, _, _, error, *_ = (cell.strip() for cell in row.split("|")[1:-1])
+        told.append((*re.match(r"(\w+) `?(\w+)", name).groups(), float(macs.rstrip("%")), float(error.split()[0])))
+    for task, panel in panels(published).items():
+        ticks = [element for element in panel if re.fullmatch(r"[\d.]+", element.text or "")]
+        below = [(float(t.get("x")), float(t.text)) for t in ticks if t.get("text-anchor") == "middle"]
+        beside = [(float(t.get("y")) - 4, float(t.text)) for t in ticks if t.get("text-anchor") == "end"]
+        macs, error = (np.polynomial.Polynomial.fit(*zip(*axis), 1) for axis in (below, beside))
+        drawn += [(task, method, macs(x), error(y)) for method, x, y in signs(panel)]
+    assert len(drawn) == len(told) > 20
+    for point, expected in zip(sorted(drawn), sorted(told)):
+        assert point[:2] == expected[:2]
+        assert point[2] == pytest.approx(expected[2], abs=0.07)  # told to a tenth
+        assert point[3] == pytest.approx(expected[3], abs=0.01)  # told to a hundredth
 
 
 def test_an_interval_is_paired_by_speaker():
@@ -118,7 +157,7 @@ def test_the_verdict_follows_from_the_intervals(tmp_path):
     assert "(0.9 not measured, 0.8 not measured, 0.7 worse); SLU not shown (0.9 not measured, 0.8 not m" in said
     assert "(0.6 not measured, 0.5 not measured); SLU shown at 0.5 (0.6 not measured, 0.5 no worse). -" in said
     assert [row.split("|")[8].strip() for row in curves.table(tasks).splitlines() if "slu `mac`" in row][0] == ""
-    assert curves.figure(tasks).count("<circle") == 4 and "nan" not in curves.figure(tasks)
+    assert sum(len(signs(panel)) for panel in panels(tasks).values()) == 4 and "nan" not in curves.figure(tasks)
 
 
 def test_drawn_seeds_widen_the_interval():
@@ -168,7 +207,7 @@ def test_the_tables_say_what_was_measured(tmp_path):
         "\n ", ""
     )
     drawn = ElementTree.fromstring(curves.figure(tasks))
-    assert len(drawn.findall("{*}circle")) == 5
+    assert sum(len(signs(panel)) for panel in panels(tasks).values()) == 5
     assert all("nan" not in value for element in drawn.iter() for value in element.attrib.values())
 
 
@@ -327,7 +366,6 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_the_readme_says_what_the_results_say():
-    tasks = curves.read(HERE / "results.jsonl")
-    assert curves.report(tasks) in (HERE.parent / "README.md").read_text(encoding="utf-8")
-    assert curves.figure(tasks) == (HERE / "curve.svg").read_text(encoding="utf-8")
+def test_the_readme_says_what_the_results_say(published):
+    assert curves.report(published) in (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert curves.figure(published) == (HERE / "curve.svg").read_text(encoding="utf-8")

@@ -218,6 +218,11 @@ def test_batches_hold_every_utterance_once_and_keep_to_their_seconds(seed):
     assert padding < 0.15
 
 
+def test_a_long_utterance_stands_alone_and_the_short_ones_fill_their_batches():
+    found = data.batches(utterances([1.0] * 10 + [60.0] + [1.0] * 10), 10)
+    assert [[u.seconds for u in batch] for batch in found] == [[60.0], [1.0] * 10, [1.0] * 10]
+
+
 def test_random_batches_differ_each_time_and_repeat_with_their_seed():
     corpus = utterances(np.linspace(1, 5, 50).tolist())
     rng = np.random.default_rng(0)
@@ -1146,6 +1151,13 @@ def test_folders_that_are_no_corpus_are_refused(tmp_path):
     (tmp_path / "train-clean-100" / "1" / "2" / "1-2.trans.txt").write_text("\n")
     with pytest.raises(UserError, match="train split has no usable utterance"):
         open_corpus(tmp_path, "asr")
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100])
+def test_an_utterance_has_the_seconds_that_it_takes_at_any_rate(tmp_path, rate):
+    for path in make_librispeech(tmp_path).glob("*/*/*/*.flac"):
+        speak(path, 0.75, rate)
+    assert [u.seconds for u in open_corpus(tmp_path, "asr").test] == [0.75] * 3
 
 
 def test_a_change_of_rate_or_channels_is_said_once(tmp_path, caplog):

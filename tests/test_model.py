@@ -417,22 +417,38 @@ def test_layer_drop_leaves_out_layers_as_often_as_it_says_and_in_training_only(l
     assert len(calls) == len(model.layers)
 
 
-@pytest.mark.parametrize("place", ["projection", "whole", "attention", "units", "layer"])
-def test_dropout_acts_at_each_of_its_places_in_training_only(place):
+@pytest.mark.parametrize(
+    "place", ["projection", "positional convolution", "attention weights", "attention", "units", "feed-forward"]
+)
+def test_dropout_acts_by_default_at_each_of_its_places_in_training_only(place):
+    """The others are set to 0. A layer has one for the outputs of both its parts: the other part's output is made 0."""
     model, waveforms = tiny(), torch.randn(1, 4_000)
+    one = model.layers[1]
+    kept = {
+        "projection": model.projection.dropout,
+        "positional convolution": model.dropout,
+        "units": one.ffn.dropout,
+        "attention": one.dropout,
+        "feed-forward": one.dropout,
+    }
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout) and module is not kept.get(place):
             module.p = 0.0
     for layer in model.layers:
-        layer.attention.dropout = 0.0
-    assert torch.equal(model.train()(waveforms)[0], model.eval()(waveforms)[0])
-    one = model.layers[1]
-    if place == "attention":
-        one.attention.dropout = 0.5
-    else:
-        {"projection": model.projection, "whole": model, "units": one.ffn, "layer": one}[place].dropout.p = 0.5
+        if (place, layer) != ("attention weights", one):
+            layer.attention.dropout = 0.0
+    silent = {"attention": one.ffn.output, "feed-forward": one.attention.output}.get(place)
+    if silent:
+        nn.init.zeros_(silent.weight)
+        nn.init.zeros_(silent.bias)
     assert torch.equal(model(waveforms)[0], model(waveforms)[0])
-    assert not torch.equal(model.train()(waveforms)[0], model.eval()(waveforms)[0])
+    model.train()
+    assert not torch.equal(model(waveforms)[0], model(waveforms)[0])
+    if place == "attention weights":
+        one.attention.dropout = 0.0
+    else:
+        kept[place].p = 0.0
+    assert torch.equal(model(waveforms)[0], model.eval()(waveforms)[0])  # that place was all that was random
 
 
 @pytest.mark.parametrize(

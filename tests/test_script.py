@@ -8,18 +8,19 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import HERE, TINY, check_budget_is_kept, tiny, write_layout
+from conftest import CONSTRAINED, HERE, LETTERS, TINY, check_budget_is_kept, tiny, write_layout
 from test_data import make_bad, make_librispeech, make_slurp
 
 import data
 import sslprune
-from flops import Shape, UserError, cost
-from gates import KINDS, METHODS
+from flops import BASE, SAMPLES, Shape, UserError, cost
+from gates import ALIGN, KINDS, METHODS, harden
 from transformer import Wav2Vec2
 
 MAIN = str(HERE.parent / "sslprune.py")
@@ -110,20 +111,20 @@ def test_a_whole_run(small, capsys, tmp_path, task, method):
     assert f"test {report['metric']['name'].replace('_', ' ')} {report['metric']['test']:.2%}" in printed
 
 
-def test_the_same_command_gives_the_same_model_and_another_seed_another(small, capsys, tmp_path):
+def test_the_same_command_gives_the_same_model_and_another_seed_another(small, capsys, monkeypatch, tmp_path):
+    """From the same batches and from others. The corpus is the same: the demo's depends on the seed, too."""
+    corpus, seen, loss = make_librispeech(tmp_path / "corpus", 9), [], sslprune.SpeechModel.loss
+    monkeypatch.setattr(
+        sslprune.SpeechModel, "loss", lambda self, *batch: seen.append([u.name for u in batch[2]]) or loss(self, *batch)
+    )
+    flags = ["--task", "asr", "--budget", "0.6", "--data", corpus, *"--time-mask 0.3 --layer-drop 0.3".split(), *FAST]
+    models, batches = {}, {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        run(
-            capsys,
-            *"--task asr --budget 0.6 --out".split(),
-            tmp_path / name,
-            "--seed",
-            seed,
-            *"--time-mask 0.3 --layer-drop 0.3".split(),
-            *FAST,
-        )
-    a, b, c = ((tmp_path / name / "model.pt").read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
+        seen.clear()
+        assert run(capsys, *flags, "--batch-seconds", 3, "--seed", seed, "--out", tmp_path / name)[0] == 0
+        models[name], batches[name] = (tmp_path / name / "model.pt").read_bytes(), seen[2:]  # the first by length
+    assert models["a"] == models["b"] != models["c"]
+    assert batches["a"] == batches["b"] != batches["c"]
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_the_weights_in_float32(small, capsys, tmp_path):
@@ -216,7 +217,8 @@ def test_an_update_has_the_recipes_rates_clipped_gradients_masks_and_layer_drop(
     assert list(rates) == [pytest.approx(peak) for peak in peaks]
     assert list(ascends) == [[False]] * 2 + [[False, False, True]] * 4 + [[False]] * 2
     assert max(norms) <= 0.0101
-    assert [momentum for momentum, _ in betas[2]] == [0.9, 0, 0]
+    weights, others = (0.9, 0.98), (0.0, 0.9)
+    assert list(betas) == [[weights]] * 2 + [[weights, others, others]] * 4 + [[weights]] * 2
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,18 @@ def test_the_recipe_is_the_tasks_but_for_the_flags_that_are_given(small, tmp_pat
     sslprune.prepare(options, torch.device("cpu"))
     assert {name: getattr(options, name) for name in recipe} == recipe | {"prune_lr": 0.5, "prune_updates": 0}
     assert recipe["dense_lr"] == {"asr": 1e-3, "slu": 5e-4}[task]
+
+
+@pytest.mark.parametrize(("width", "recipe"), [(768, "base"), (752, "small")])
+def test_the_recipe_of_base_is_that_of_models_of_its_width_and_of_no_narrower_ones(small, tmp_path, width, recipe):
+    shape = replace(TINY, width=width, position_groups=16)
+    sslprune.save_model(sslprune.SpeechModel(Wav2Vec2(shape), "asr", LETTERS), tmp_path / "model.pt")
+    flags = ["--task", "asr", "--budget", "0.9", "--checkpoint", tmp_path / "model.pt", "--out", tmp_path / "run"]
+    options = sslprune.parse([str(flag) for flag in flags])
+    sslprune.prepare(options, torch.device("cpu"))
+    trained = {name: value for name, value in sslprune.RECIPES[recipe].items() if name != "dense_updates"}
+    assert {name: getattr(options, name) for name in trained} == trained
+    assert all(trained[name] != sslprune.RECIPES["base"][name] for name in ("prune_lr", "gate_lr")) == (width < 768)
 
 
 def test_speeds_are_drawn_afresh_in_every_epoch_and_only_for_training(small, capsys, monkeypatch, tmp_path):
@@ -302,6 +316,19 @@ def test_ctc_from_scratch_begins_with_the_shortest_utterances(small, capsys, mon
     assert later != sorted(later)
 
 
+@pytest.mark.parametrize("flags", [[], ["--ragged"]])
+def test_a_layer_keeps_a_multiple_of_units_that_runs_fast_unless_any_number_may_stay(
+    small, capsys, monkeypatch, tmp_path, flags
+):
+    monkeypatch.setattr(sslprune, "SMALL", replace(TINY, channels=(64,) * 7, units=(1600,) * 3))
+    updates = "--dense-updates 0 --prune-updates 1 --finetune-updates 0 --evaluate-updates 0 --batch-seconds 2".split()
+    assert run(capsys, *"--task slu --budget 0.6 --out".split(), tmp_path / "run", *updates, *flags)[0] == 0
+    kept = report_of(tmp_path / "run")["pruned"]["shape"]
+    odd = [n for kind in ("channels", "units") for n in kept[kind] if n % ALIGN[kind] and n != 1]  # the fewest channels
+    assert sum(kept["channels"]) < 64 * 7 and sum(kept["units"]) < 1600 * 3
+    assert bool(odd) == (flags == ["--ragged"]), kept
+
+
 def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
     status, printed, _ = run(capsys, "--task", "slu", "--budget", "1.0", "--out", tmp_path / "run", *FAST)
     report = report_of(tmp_path / "run")
@@ -363,6 +390,31 @@ def test_a_head_that_is_new_is_trained_in_a_dense_phase_unless_its_updates_are_g
         updates[task, *more] = options.dense_updates
     dense = sslprune.RECIPES["small"]["dense_updates"]
     assert list(updates.values()) == [0, dense, 0, 7]
+
+
+@pytest.mark.parametrize("method", ["mac", "sepsize"])
+def test_a_pruned_model_is_pruned_again_by_a_budget_of_what_it_costs_now(small, capsys, tmp_path, method):
+    before = replace(TINY, channels=(32,) * 7, units=(160,) * 3)
+    model = tiny(KINDS[method], shape=before)
+    harden(model.gates, before, method, 0.6)
+    encoder = model.slice()
+    sslprune.save_model(sslprune.SpeechModel(encoder, "slu", sorted(data.COMMANDS)), tmp_path / "model.pt")
+    flags = ["--task", "slu", "--budget", "0.8", "--method", method, "--checkpoint", tmp_path / "model.pt"]
+    updates = ["--prune-updates", "1", "--finetune-updates", "0"]
+    status, printed, _ = run(capsys, *flags, *updates, "--out", tmp_path / "run")
+    report, start = report_of(tmp_path / "run"), cost(encoder.shape, SAMPLES)
+    dense, pruned = (Shape.from_dict(report[which]["shape"]) for which in ("dense", "pruned"))
+    assert status == 0 and dense == encoder.shape != before
+    assert (report["dense"]["macs"], report["dense"]["params"]) == (start.macs, start.params)
+    check_budget_is_kept(pruned, encoder.shape, method, 0.8)
+    kept = [measure(cost(pruned, SAMPLES)) / measure(start) for measure in CONSTRAINED[method]]
+    assert report["kept"] == pytest.approx(kept)
+    measured = {"mac": "macs", "sepsize": "params"}[method]
+    assert report["achieved"] == report["pruned"][measured] / getattr(start, measured)
+    assert min(report["expected"]) > 0.95  # after an update gates are still open, as at the start
+    for constraint, measure in zip(METHODS[method], CONSTRAINED[method]):
+        assert f"0.8 of the already pruned checkpoint's {measure(start):,} {constraint.name}" in printed
+    assert sslprune.load(tmp_path / "run" / "model.pt").encoder.dense == before  # of what each layer kept
 
 
 @pytest.mark.parametrize("layout", ["hf_pretraining", "torchaudio", "fairseq"])
@@ -461,6 +513,26 @@ def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp
     for i in (0, 1, 2, 3, 4, 5, 6, 7, 9):
         assert sum(f"84-121123-{i:04}" in reason for reason in report["skipped_reasons"]) == 1
     assert any("84-121123.trans.txt: line 9" in reason for reason in report["skipped_reasons"])
+
+
+def test_a_transcript_too_long_for_its_audio_is_scored_and_not_trained_on(small, capsys, monkeypatch, tmp_path):
+    corpus, trained, loss = make_librispeech(tmp_path / "corpus", 4), [], sslprune.SpeechModel.loss
+    monkeypatch.setattr(
+        sslprune.SpeechModel,
+        "loss",
+        lambda self, *batch: trained.extend(u.name for u in batch[2]) or loss(self, *batch),
+    )
+    for transcripts in corpus.glob("*/*/*/*.trans.txt"):
+        transcripts.write_text(transcripts.read_text().replace("NUMBER C", "NUMBER C" * 30))
+    flags = ["--task", "asr", "--budget", "1", "--data", corpus, "--skip-bad", "--out", tmp_path / "run"]
+    updates = ["--dense-updates", "1", "--prune-updates", "0", "--finetune-updates", "0"]
+    assert run(capsys, *flags, *updates)[0] == 0
+    assert sorted(trained) == [f"84-121123-000{i}" for i in (0, 1, 3)]
+    (reason,) = report_of(tmp_path / "run")["skipped_reasons"]
+    assert "84-121123-0002" in reason
+    for split in ("dev", "test"):
+        rows = [row.split("\t")[:2] for row in (tmp_path / "run" / f"{split}.tsv").read_text().splitlines()[1:]]
+        assert len(rows) == 4 and ["84-121123-0002", "GO ON " + "NUMBER C" * 30] in rows
 
 
 def test_the_learning_rate_has_three_stages():
