@@ -737,7 +737,10 @@ def test_a_layout_is_known_by_the_subsets_that_are_asked_for(tmp_path):
         (root / name).write_text("a\tb\n")
     os.mkfifo(root / "train.tsv")
     assert open_corpus(root, "asr").kind == "LibriSpeech"
-    make_table(root, splits=("mine",))
+    (root / "train.tsv").unlink()
+    make_table(root, splits=("train", "mine"))
+    assert open_corpus(root, "asr", splits=("dev", "test")).kind == "LibriSpeech"
+    (root / "train.tsv").unlink()
     assert open_corpus(root, "asr", subsets={"train": "mine"}, splits=("train",)).kind == "table"
     with pytest.raises(UserError, match=r"mine\.tsv|other\.tsv|train-clean-360"):
         open_corpus(root, "asr", subsets={"train": "train-clean-360"}, splits=("train",))
