@@ -6,7 +6,7 @@
 variant with LayerNorm in the frontend ("large-lv60"), the quantizer and the pre-training losses.
 """
 
-import argparse
+import collections
 import contextlib
 import copy
 import io
@@ -14,6 +14,8 @@ import json
 import logging
 import math
 import os
+import pickle
+import pickletools
 import re
 import time
 import warnings
@@ -21,7 +23,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -261,11 +262,12 @@ class SpeechModel(nn.Module):
     """The encoder and one linear layer: over frames, trained with CTC (asr), or over their mean (slu).
 
     labels: the names of the outputs: of asr the blank, the space and characters (data.vocabulary), of slu the intents.
+    raw_text: whether transcripts are left as they are.
     """
 
-    def __init__(self, encoder, task, labels):
+    def __init__(self, encoder, task, labels, raw_text=False):
         super().__init__()
-        self.encoder, self.task, self.labels = encoder, task, list(labels)
+        self.encoder, self.task, self.labels, self.raw_text = encoder, task, list(labels), raw_text
         self.outputs = {label: output for output, label in enumerate(self.labels)}
         self.head = nn.Linear(encoder.tensor_shape.width, len(labels))
         self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
@@ -429,21 +431,31 @@ class Checkpoint:
     dense: Shape  # before any slicing
     weights: dict
     task: str | None = None  # where there is a head
-    labels: list | None = None
+    labels: list | None = None  # as its vocabulary has them
+    raw_text: bool = False  # whether transcripts are left as they are
 
     def encoder(self):
         """The Wav2Vec2, in evaluation mode. Raises UserError for a missing, surplus or wrongly sized tensor."""
         weights = {key.removeprefix("encoder."): w for key, w in self.weights.items() if key.startswith("encoder.")}
         return self._filled(lambda: Wav2Vec2(self.shape, self.dense), weights)
 
-    def model(self, gated=()):
-        """The SpeechModel, in evaluation mode, units of these kinds gated. Raises as `encoder`, and without a head."""
+    def model(self, gated=(), raw_text=False):
+        """The SpeechModel, in evaluation mode, units of these kinds gated. Raises as `encoder`, and without a head.
+
+        Characters become those of normalised transcripts, unless raw_text or the checkpoint leaves transcripts as they
+        are, or there is such an output already.
+        """
         if self.task is None:
             what = "give a model.pt that sslprune wrote, or a CTC model with the vocab.json of its head beside it"
             raise UserError(f"{self.path}: holds no head for a task; {what}")
 
+        labels, raw_text = self.labels, raw_text or self.raw_text
+        if self.task == "asr" and not raw_text:
+            normal = [data.normalise(label) if len(label) == 1 else label for label in labels]
+            labels = [new if len(new) == 1 and new not in labels else old for old, new in zip(labels, normal)]
+
         def make():
-            model = SpeechModel(Wav2Vec2(self.shape, self.dense), self.task, self.labels)
+            model = SpeechModel(Wav2Vec2(self.shape, self.dense), self.task, labels, raw_text)
             model.encoder.add_gates(gated)
             return model
 
@@ -497,6 +509,7 @@ def contents_of(model):
         "dense": model.encoder.dense.as_dict(),
         "task": model.task,
         "labels": model.labels,
+        "raw_text": model.raw_text,
         "weights": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
     }
 
@@ -617,39 +630,60 @@ def read_safetensors(path):
 
 
 class Inert:
-    """Stands for a class of fairseq's that its checkpoints hold beside the weights; it has no behaviour."""
+    """Stands for an object of any class but torch's own, or what a function made: it keeps what it was given, no more."""
 
+    plain, arguments, state = None, (), None  # plain: the list or dictionary that torch's loader wants to fill instead
 
-# What may be unpickled beside tensors and plain containers: what fairseq writes next to its weights.
-ALLOWED = [
-    argparse.Namespace,  # the training's command line
-    (Inert, "fairseq.data.dictionary.Dictionary"),  # HuBERT's labels
-    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # metrics
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool")),
-]
+    def __new__(cls, *arguments):
+        if cls.plain:
+            return cls.plain()
+        stand_in = super().__new__(cls)
+        stand_in.arguments = arguments
+        return stand_in
+
+    def __setstate__(self, state):
+        self.state = state
 
 
 def read_pickle(path):
-    """The dictionary in a file of torch.save; of classes it may hold those in ALLOWED only."""
-    size = Path(path).stat().st_size
+    """The dictionary in a file of torch.save, where an Inert stands for whatever is neither a tensor nor plain."""
+    size, filled = Path(path).stat().st_size, {}
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(record.file_size for record in archive.infolist())
             if unpacked > size:  # torch.save does not compress
                 raise UserError(f"{path}: claims {unpacked} bytes in a file of {size}; torch.save writes no such file")
-        with torch.serialization.safe_globals(ALLOWED), warnings.catch_warnings(action="ignore"):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+        names = foreign_names(path)
+        while True:  # once more for each class whose objects turn out to be filled as lists or dictionaries are
+            stand_ins = [(type(name, (Inert,), {"plain": filled.get(name)}), name) for name in names]
+            try:
+                with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
+                    contents = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except pickle.UnpicklingError as error:
+                found = re.search(rf"Can only (\w+) .* but got <class '{__name__}\.(.+?)'>", str(error))
+                if not found or found[2] in filled:
+                    raise
+                filled[found[2]] = list if found[1] in ("append", "extend") else collections.OrderedDict
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
-        forbidden = refused and f"holds an object of type {refused[1]}, which is not loaded"
-        raise UserError(f"{path}: {forbidden or 'is damaged, or not of torch.save'}") from error
+        wrong = f"holds {refused[1]}, which is not loaded" if refused else "is damaged, or holds no tensors of torch.save"
+        raise UserError(f"{path}: {wrong}; save the model's state_dict alone") from error
     if not isinstance(contents, dict):
-        raise UserError(f"{path}: holds a {type(contents).__name__}, not a model's weights")
+        raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary; save the model's state_dict")
     return contents
+
+
+def foreign_names(path):
+    """What a file of torch.save names beyond torch's own, as "module.name": classes and functions."""
+    if zipfile.is_zipfile(path):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with open(path, "rb") as file:  # before torch 1.6: a magic number, a version and the machine, then the contents
+        operations = [operation for _ in range(4) for operation in pickletools.genops(file)]
+    return {name.replace(" ", ".") for operation, name, _ in operations if operation.name == "GLOBAL"}
 
 
 def numbers(key, tensor, path):
@@ -671,11 +705,8 @@ def _shown(keys):
 def read_ours(contents, path):
     """The Checkpoint in a model.pt that sslprune wrote."""
     try:
-        shape, weights = Shape.from_dict(contents["shape"]), dict(contents["weights"])
-        if "dense" not in contents and "encoder.projection.shut" not in weights:  # an older one: its LayerNorm saw only
-            contents = contents | {"dense": contents["shape"]}  # the kept channels, that is C = k and nothing shut
-            weights["encoder.projection.shut"] = torch.zeros(shape.width)
-        dense = Shape.from_dict(contents["dense"])
+        shape, dense = Shape.from_dict(contents["shape"]), Shape.from_dict(contents["dense"])
+        weights = dict(contents["weights"])
         for name in ("channels", "heads", "units"):
             kept, full = getattr(shape, name), getattr(dense, name)
             if len(kept) != len(full) or any(map(int.__gt__, kept, full)):
@@ -683,14 +714,13 @@ def read_ours(contents, path):
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is not a complete model.pt ({error})") from error
     weights = {str(key): numbers(key, tensor, path) for key, tensor in weights.items()}
-    weights = {key: tensor for key, tensor in weights.items() if tensor.numel()}  # older files have empty ones
     if "task" not in contents:
         return Checkpoint(path, shape, dense, weights)
     task, labels = contents["task"], contents.get("labels")
     named = isinstance(labels, list) and labels and all(isinstance(name, str) and data.is_name(name) for name in labels)
     if not (task == "slu" and named or task == "asr" and named and labels[0] == data.BLANK):
         raise UserError(f"{path}: its task or labels are none that sslprune writes")
-    return Checkpoint(path, shape, dense, weights, task, labels)
+    return Checkpoint(path, shape, dense, weights, task, labels, contents.get("raw_text") is True)
 
 
 # From the key names of transformers, torchaudio and fairseq to ours. The three do not contradict each other.
@@ -701,6 +731,7 @@ POSITION = ENCODER + r"pos_conv(?:_embed\.conv|\.0)\."
 LAYER = ENCODER + r"layers\.(\d+)\."
 KEYS = [
     (FRONTEND + r"(\d+)\.(?:conv|0)\.weight", r"frontend.convolutions.\1.weight"),
+    (r"feature_extractor\.dummy_weight", r"projection.scale"),  # DPHuBERT's gates of the last convolution
     (FRONTEND + r"0\.(?:layer_norm|2)\.(weight|bias)", r"frontend.convolutions.0.norm_\1"),
     (PROJECTION + r"layer_norm\.(weight|bias)", r"projection.norm.\1"),
     (PROJECTION + r"(?:projection|post_extract_proj)\.(weight|bias)", r"projection.linear.\1"),
@@ -721,7 +752,7 @@ KEYS = [
 ]
 KEYS = [(re.compile(pattern), ours) for pattern, ours in KEYS]
 INSIDE = re.compile(r"(?:feature_extractor|feature_projection|encoder|adapter)\.")  # where no other key may be
-FIRST = re.compile(r"(.*?)" + FRONTEND + r"0\.(?:conv|0)\.weight")  # each layout has it; the rest has the same prefix
+FIRST = re.compile(r"(.*?)" + FRONTEND + r"0\.(?:conv|0)\.weight(?:_orig)?")  # each layout has it; the rest has the same prefix
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")  # components that DataParallel, torch.compile or FSDP put in
 
 
@@ -729,7 +760,7 @@ def read_public(contents, path):
     """The Checkpoint in a file of a public library."""
     found = []
     for place, holder in nested(contents):
-        named = {WRAPPERS.sub("", str(key)): value for key, value in holder.items()}
+        named = unpruned({WRAPPERS.sub("", str(key)): value for key, value in holder.items()}, path)
         found += [(match[1], named, f"{place}{match[1]}") for key in named if (match := FIRST.fullmatch(key))]
     if len(found) != 1:
         ours = any("frontend.convolutions.0.weight" in str(key) for _, holder in nested(contents) for key in holder)
@@ -744,9 +775,15 @@ def read_public(contents, path):
     weights, ignored = translate(named, prefix, path)
     shape = infer_shape(weights, said, path)
     if "projection.mask_embedding" not in weights:  # torchaudio's models have none
-        weights["projection.mask_embedding"] = torch.zeros(shape.width)
         log.info("%s: has no mask embedding; it starts at zero", path)
-    weights["projection.scale"], weights["projection.shut"] = torch.ones(shape.channels[-1]), torch.zeros(shape.width)
+    nothing = {"scale": torch.ones(shape.channels[-1]), "shut": torch.zeros(shape.width)}
+    nothing = {f"projection.{name}": tensor for name, tensor in (nothing | {"mask_embedding": nothing["shut"]}).items()}
+    # A part that DPHuBERT removed adds nothing to the residual, and the LayerNorm behind it still runs.
+    parts = {"attention": shape.heads, "ffn": shape.units}
+    removed = [f"layers.{layer}.{part}" for part in parts for layer, count in enumerate(parts[part]) if not count]
+    if removed:
+        log.info("%s: has no %s", path, _shown(removed))
+    weights = nothing | {f"{part}.output.bias": torch.zeros(shape.width) for part in removed} | weights
     weights = {f"encoder.{key}": tensor for key, tensor in weights.items()}
     labels, head = ctc_head(named, said, path)
     if labels:
@@ -757,13 +794,43 @@ def read_public(contents, path):
 
 
 def nested(contents):
-    """(place, dictionary) of the dictionary and of those in it, six levels deep; a Namespace is one too."""
+    """(place, dictionary) of the dictionary and of those in it, six levels deep; an Inert's state is one too."""
     level = [("", contents)]
     for _ in range(6):
         yield from level
-        inner = [(f"{place}{key}.", value) for place, holder in level for key, value in holder.items()]
-        level = [(key, vars(value) if isinstance(value, argparse.Namespace) else value) for key, value in inner]
-        level = [(place, value) for place, value in level if isinstance(value, dict)]
+        inner = [(f"{place}{key}.", unwrapped(value)) for place, holder in level for key, value in holder.items()]
+        # By identity, as a file may name the same dictionary a thousand times on every level.
+        level = [*{id(value): (place, value) for place, value in inner if isinstance(value, dict)}.values()]
+
+
+def unwrapped(value):
+    """What an Inert holds: omegaconf's `_content` or `_val`, another object's attributes, an enum's only argument."""
+    for _ in range(6):
+        if not isinstance(value, Inert):
+            break
+        if isinstance(value.state, dict):
+            value = next((value.state[name] for name in ("_content", "_val") if name in value.state), value.state)
+        elif len(value.arguments) == 1:
+            value = value.arguments[0]
+    return value
+
+
+def plain(value, levels=3):
+    """A number, a text or a truth of a file, or lists of them, without what wraps them; another object's type."""
+    value = unwrapped(value)
+    if isinstance(value, (list, tuple)) and levels and len(value) <= 100:  # a model has no longer ones
+        return [plain(inner, levels - 1) for inner in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else f"<{type(value).__name__}>"
+
+
+def unpruned(named, path):
+    """The tensors with X_orig and X_mask, which torch.nn.utils.prune makes of X, multiplied into X."""
+    for key in [key.removesuffix("_mask") for key in named if key.endswith("_mask") and f"{key[:-5]}_orig" in named]:
+        tensor, mask = (numbers(f"{key}_{part}", named.pop(f"{key}_{part}"), path) for part in ("orig", "mask"))
+        if tensor.shape != mask.shape:
+            raise UserError(f"{path}: {_shown([key])}_orig and {_shown([key])}_mask are not of one size")
+        named[key] = tensor * mask
+    return named
 
 
 def translate(named, prefix, path):
@@ -775,6 +842,8 @@ def translate(named, prefix, path):
         if ours:
             weights[ours] = numbers(key, tensor, path)
         elif INSIDE.match(inner):
+            if inner.endswith("_orig"):
+                raise UserError(f"{path}: {_shown([key])} is a weight of torch.nn.utils.prune without its mask")
             other = "does not belong to wav2vec2-base or HuBERT-base; no other architecture is read"
             raise UserError(f"{path}: {_shown([key])} {other}, nor a quantized model or one with adapters")
         elif isinstance(tensor, torch.Tensor):
@@ -789,84 +858,105 @@ def translate(named, prefix, path):
 BASE_LIKE = {
     "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu",
     "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "feat_proj_layer_norm": True, "add_adapter": False,
+    "sampling_rate": SAMPLE_RATE,
 }  # fmt: skip
-# What tensors do not show, and what is assumed where nothing is said.
+# What tensors do not show, with the names of it, and what is assumed where nothing is said.
 ASSUMED = {
-    "num_attention_heads": "heads of 64",
-    "conv_stride": "wav2vec2-base's strides",
-    "do_stable_layer_norm": "post-norm order",
+    "heads of 64": {"num_attention_heads", "head_width"},
+    "wav2vec2-base's strides": {"strides"},
+    "post-norm order": {"do_stable_layer_norm"},
 }
-FAIRSEQ = {  # its names for these
-    "layer_norm_first": "do_stable_layer_norm", "extractor_mode": "feat_extract_norm", "activation_fn": "hidden_act",
-    "encoder_attention_heads": "num_attention_heads", "encoder_layers": "num_hidden_layers",
-    "conv_feature_layers": "conv_stride",
+# What is read beside that, by its names in Hugging Face, fairseq, torchaudio and DPHuBERT: ours, where Shape has one.
+NAMES = {name: name for name in (*BASE_LIKE, "num_attention_heads", "num_hidden_layers", "pad_token_id")} | {
+    "layer_norm_first": "do_stable_layer_norm", "encoder_layer_norm_first": "do_stable_layer_norm",
+    "extractor_mode": "feat_extract_norm", "extractor_conv_bias": "conv_bias", "activation_fn": "hidden_act",
+    "conv_stride": "strides", "conv_feature_layers": "convolutions", "extractor_conv_layer_config": "convolutions",
+    "encoder_layers": "num_hidden_layers", "encoder_num_layers": "num_hidden_layers", "encoder_embed_dim": "width",
+    "encoder_attention_heads": "num_attention_heads", "encoder_num_heads": "heads", "encoder_head_dim": "head_width",
+    "encoder_ff_interm_features": "units", "encoder_use_attention": "has_heads",
+    "encoder_use_feed_forward": "has_units", "encoder_pos_conv_kernel": "position_kernel",
+    "encoder_pos_conv_groups": "position_groups",
 }  # fmt: skip
 
 
 def what_it_says(contents, path):
-    """What a checkpoint says of its model beside the tensors: its config.json, and options in the file, in its names.
+    """What a checkpoint says of its model beside the tensors, in itself and in the files beside it, by our names.
 
     Raises UserError where that is another architecture than wav2vec2-base's, or where the two contradict each other.
     """
-    config = path.with_name("config.json")
-    holders = [("config.json: ", read_json(config))] if config.is_file() else []
-    said, wanted = {}, {*BASE_LIKE, *ASSUMED, "num_hidden_layers", "pad_token_id"}
-    for place, holder in [*holders, *nested(contents)]:
-        for key, value in holder.items():
-            name = FAIRSEQ.get(key, key)
-            if name not in wanted or value is None or isinstance(value, torch.Tensor):
-                continue
-            if key == "conv_feature_layers":
-                value = strides(value, path)
-            if key == "extractor_mode" and value == "default":
-                value = "group"
+    said, holders = {}, []
+    for file in map(path.with_name, ("config.json", "preprocessor_config.json", "processor_config.json")):
+        if file.is_file():  # of the first only the outermost: what is deeper is of a decoder or the like
+            found = [(f"{file.name}: {place}", holder) for place, holder in nested(read_json(file))]
+            holders += found[:1] if file.name == "config.json" else found
+    holders += nested(contents)
+    for place, key, value in [(place, key, value) for place, holder in holders for key, value in holder.items()]:
+        name, value = NAMES.get(key), plain(value)
+        if name is None or value in (None, "<Tensor>"):
+            continue
+        if key == "extractor_mode" and value in ("default", "group_norm"):
+            value = "group"
+        if name == "heads" and type(value) is int:  # as torchaudio says it of a model that is not pruned
+            name = "num_attention_heads"
+        new = convolutions(key, value, path) if name == "convolutions" else {name: value}
+        for name, value in new.items():
             if value != BASE_LIKE.get(name, value):
-                wrong = f"it says {key} = {_shown([value])}; wav2vec2-base and HuBERT-base have {BASE_LIKE[name]}"
-                raise UserError(f"{path}: is of another architecture: {wrong}")
+                wrong = f"{place}{key} is {_shown([value])}, and {BASE_LIKE[name]} of wav2vec2-base and HuBERT-base"
+                raise UserError(f"{path}: is of another architecture or rate, and no other is read: {wrong}")
             if said.setdefault(name, value) != value and name != "pad_token_id":
-                other = f"{place}{key} is {_shown([value])}"
-                raise UserError(f"{path}: contradicts itself: {name} is {_shown([said[name]])}, and {other}")
-    if assumed := [what for name, what in ASSUMED.items() if name not in said]:
+                wrong = f"{name} is {_shown([said[name]])}, and {place}{key} is {_shown([value])}"
+                raise UserError(f"{path}: contradicts itself: {wrong}")
+    if assumed := [what for what, names in ASSUMED.items() if not names & said.keys()]:
         log.info("%s: does not say otherwise, so these are assumed: %s", path, ", ".join(assumed))
     return said
 
 
-def strides(layers, path):
-    """The convolutions', the third numbers in fairseq's "[(512, 10, 5)] + [(512, 3, 2)] * 4 + ..." or in a list."""
-    found = re.findall(r"[(\[]\d+, *\d+, *(\d+)[)\]]\]?(?: *\* *(\d{1,3}))?", str(layers))
+def convolutions(key, layers, path):
+    """The fields of a Shape in fairseq's "[(512, 10, 5)] + [(512, 3, 2)] * 4 + ..." or in a list."""
+    number = r"(\d{1,9})"
+    found = re.findall(rf"[(\[]{number}, *{number}, *{number}[)\]]\]?(?: *\* *(\d{{1,3}}))?", str(layers))
     if not found:
-        raise UserError(f"{path}: conv_feature_layers is no list of (channels, kernel, stride): {_shown([layers])}")
-    return [int(stride) for stride, times in found for _ in range(int(times or 1))]
+        raise UserError(f"{path}: {key} is no list of (channels, kernel, stride): {_shown([layers])}")
+    sizes = [map(int, sizes) for *sizes, times in found for _ in range(int(times or 1))]
+    return dict(zip(("channels", "kernels", "strides"), map(list, zip(*sizes))))
 
 
 def infer_shape(weights, said, path):
     """The shape of a model from its tensors (our keys). What they do not show is base's, or what the file says."""
+    modules = {key.rsplit(".", 2)[0] for key in weights}
 
     def sizes(stack, name, dimension):
-        """Of this tensor in every member of a stack of modules; a member that lacks it raises KeyError."""
+        """Of this tensor in every member of a stack of modules: 0 without its module; without it alone, KeyError."""
         indices = [int(key.split(".")[stack.count(".") + 1]) for key in weights if key.startswith(stack + ".")]
         if max(indices, default=0) >= len(weights):
             raise ValueError(f"{stack} {max(indices)} is there, and those before it are not")
-        return [weights[f"{stack}.{index}.{name}"].shape[dimension] for index in range(max(indices, default=-1) + 1)]
+        keys = [f"{stack}.{index}.{name}" for index in range(max(indices, default=-1) + 1)]
+        return [weights[key].shape[dimension] if key.rsplit(".", 2)[0] in modules else 0 for key in keys]
 
     try:
         width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
-        heads = said.get("num_attention_heads", width // BASE.head_width)
-        queries = sizes("layers", "attention.query.weight", 0)
-        layers = said.get("num_hidden_layers", len(queries))
-        if layers != len(queries):
-            raise ValueError(f"it has {len(queries)} layers, and says {layers}")
-        return Shape.from_dict({
+        head_width = said.get("head_width") or width // said.get("num_attention_heads", width // BASE.head_width)
+        shape = Shape.from_dict({
             "channels": sizes("frontend.convolutions", "weight", 0),
             "kernels": sizes("frontend.convolutions", "weight", 2),
-            "strides": list(said.get("conv_stride", BASE.strides)),
+            "strides": list(said.get("strides", BASE.strides)),
             "width": width,
-            "head_width": width // heads,
-            "heads": [rows // (width // heads) for rows in queries],
+            "head_width": head_width,
+            "heads": [rows // head_width for rows in sizes("layers", "attention.query.weight", 0)],
             "units": sizes("layers", "ffn.input.weight", 0),
             "position_kernel": position[2],
             "position_groups": width // position[1],
         })  # fmt: skip
+        shown = shape.as_dict() | {"num_hidden_layers": len(shape.heads)}
+        shown |= {f"has_{part}": [count > 0 for count in shown[part]] for part in ("heads", "units")}
+        for name in shown.keys() & said.keys():
+            told = said[name]
+            if name in ("heads", "units"):  # one for all layers, or one for each, of which a removed part has none
+                told = [told] * len(shape.heads) if type(told) is int else told
+                told = [n if count else 0 for n, count in zip(told, shown[name])] + told[len(shape.heads) :]
+            if told != shown[name]:
+                raise ValueError(f"{name}: it has {_shown([shown[name]])}, and says {_shown([told])}")
+        return shape
     except KeyError as error:
         raise UserError(f"{path}: lacks {error.args[0]}") from error
     except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
@@ -876,28 +966,38 @@ def infer_shape(weights, said, path):
 def ctc_head(named, said, path):
     """Labels and weights of the head of a Hugging Face CTC model with its vocab.json beside it; else None and {}.
 
-    Its characters become upper case, and its blank the first output.
+    Its blank becomes the first output. An output that no token names, or one that is no name, has its number as a mark.
     """
     head = {key.rpartition("lm_")[2]: tensor for key, tensor in named.items() if re.search(r"\blm_head\.\w+$", key)}
-    file, tokenizer = path.with_name("vocab.json"), path.with_name("tokenizer_config.json")
-    if set(head) != {"head.weight", "head.bias"} or not file.is_file():
+    names = ("vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+    vocab, added, *tokenizer = (read_json(file) if (file := path.with_name(n)).is_file() else {} for n in names)
+    if set(head) != {"head.weight", "head.bias"} or not path.with_name(names[0]).is_file():
         return None, {}
     head = {key: numbers(f"lm_{key}", tensor, path) for key, tensor in head.items()}
-    size, tokens = len(head["head.weight"]), read_json(file)
-    delimiter = read_json(tokenizer).get("word_delimiter_token", data.SPACE) if tokenizer.is_file() else data.SPACE
+    size, file, special = head["head.bias"].numel(), path.with_name(names[0]), tokenizer[0] | tokenizer[1]
+    special = {name: token.get("content") if isinstance(token, dict) else token for name, token in special.items()}
+    vocab = vocab.get(str(special.get("target_lang")), vocab)
+    if not isinstance(vocab, dict) or any(isinstance(unit, dict) for unit in vocab.values()):
+        raise UserError(f"{file}: has a vocabulary for each of several languages; leave that of this head alone in it")
+    outputs = {}  # an output that the head does not have can never be recognised
+    for token, unit in (vocab | added).items():
+        if type(unit) is int and 0 <= unit < size and unit not in outputs.values():
+            outputs[token] = unit
+    if not outputs:
+        raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or remove it to leave out the head")
+    padding = next((outputs[token] for token in (special.get("pad_token"), "<pad>", "[PAD]") if token in outputs), None)
+    blank = said.get("pad_token_id", 0 if padding is None else padding)
+    if type(blank) is not int or not 0 <= blank < size or padding not in (None, blank):
+        wrong = f"the padding token is output {padding}, and pad_token_id in config.json is {_shown([blank])}"
+        raise UserError(f"{file}: {wrong}; which of the head's {size} outputs is CTC's blank? make the two agree")
+    delimiters = (special.get("word_delimiter_token"), data.SPACE, " ")
+    space = next((token for token in delimiters if token in outputs), None)
     labels = [f"<{unit}>" for unit in range(size)]
-    for token, unit in tokens.items():
-        if type(unit) is not int or not 0 <= unit < size or not re.fullmatch(r".|<.+>|\[.+\]", token):
-            log.info("%s: is not a vocabulary of %d characters; the head of %s is left out", file, size, path)
-            return None, {}
-        upper = data.normalise(token)
-        labels[unit] = data.SPACE if token in (delimiter, " ") else upper if len(upper) == len(token) == 1 else token
-    padding = tokens.get("<pad>", tokens.get("[PAD]"))
-    blank = said.get("pad_token_id", padding if padding is not None else 0)
-    if not all(map(data.is_name, labels)) or blank not in range(size) or padding not in (None, blank):
-        log.info("%s: its blank is unclear, or a character cannot be shown; the head of %s is left out", file, path)
-        return None, {}
+    for token, unit in outputs.items():
+        if data.is_name(token) and token not in (data.BLANK, data.SPACE):
+            labels[unit] = token
+    if space is not None:
+        labels[outputs[space]] = data.SPACE
     order = [blank, *(unit for unit in range(size) if unit != blank)]
     log.info("%s: has a CTC head, with the %d labels of %s", path, size, file.name)
-    labels = [data.BLANK, *(labels[unit] for unit in order[1:])]
-    return labels, {key: tensor[order] for key, tensor in head.items()}
+    return [data.BLANK, *(labels[unit] for unit in order[1:])], {key: tensor[order] for key, tensor in head.items()}
