@@ -23,6 +23,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -404,6 +405,8 @@ def precision(dtype, device):
 @torch.no_grad()
 def check_precision(model):
     """Raise UserError where a model's features in its dtype are far from those in float32: a backend may be wrong."""
+    if model.dtype == torch.float32:
+        return
     waveform = data.synthesise(["seven"], np.random.default_rng(0))
     waveform = torch.from_numpy(waveform / waveform.std())[None].to(model.head.weight.device)
     exact, _ = model.eval().encoder(waveform)
@@ -630,7 +633,7 @@ def read_safetensors(path):
 
 
 class Inert:
-    """Stands for an object of any class but torch's own, or what a function made: it keeps what it was given, no more."""
+    """Stands for an object of any class but torch's own, or what a function made: it keeps what it was given."""
 
     plain, arguments, state = None, (), None  # plain: the list or dictionary that torch's loader wants to fill instead
 
@@ -670,7 +673,7 @@ def read_pickle(path):
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
-        wrong = f"holds {refused[1]}, which is not loaded" if refused else "is damaged, or holds no tensors of torch.save"
+        wrong = f"holds {refused[1]}, which is not loaded" if refused else "is damaged, or not of torch.save"
         raise UserError(f"{path}: {wrong}; save the model's state_dict alone") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary; save the model's state_dict")
@@ -752,7 +755,7 @@ KEYS = [
 ]
 KEYS = [(re.compile(pattern), ours) for pattern, ours in KEYS]
 INSIDE = re.compile(r"(?:feature_extractor|feature_projection|encoder|adapter)\.")  # where no other key may be
-FIRST = re.compile(r"(.*?)" + FRONTEND + r"0\.(?:conv|0)\.weight(?:_orig)?")  # each layout has it; the rest has the same prefix
+FIRST = re.compile(r"(.*?)" + FRONTEND + r"0\.(?:conv|0)\.weight(?:_orig)?")  # in each layout; its prefix is the rest's
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")  # components that DataParallel, torch.compile or FSDP put in
 
 
@@ -984,7 +987,7 @@ def ctc_head(named, said, path):
         if type(unit) is int and 0 <= unit < size and unit not in outputs.values():
             outputs[token] = unit
     if not outputs:
-        raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or remove it to leave out the head")
+        raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or remove it to go without")
     padding = next((outputs[token] for token in (special.get("pad_token"), "<pad>", "[PAD]") if token in outputs), None)
     blank = said.get("pad_token_id", 0 if padding is None else padding)
     if type(blank) is not int or not 0 <= blank < size or padding not in (None, blank):

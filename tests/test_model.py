@@ -236,7 +236,8 @@ def test_weights_are_cast_once_for_all_batches_that_are_recognised():
 
     counts, speech = [], np.random.default_rng(0).standard_normal(4_000).astype(np.float32)
     for count in (1, 3):
-        corpus = data.Corpus("x", test=[data.Utterance(str(i), speech, 0.25, "", "a") for i in range(count)], size=count)
+        utterances = [data.Utterance(str(i), speech, 0.25, "", "a") for i in range(count)]
+        corpus = data.Corpus("x", test=utterances, size=count)
         with Copies():
             sslprune.evaluate(model, corpus, "test", 0.3)
         counts.append(len(copies))
