@@ -610,7 +610,7 @@ def read_safetensors(path):
 
 
 class Inert:
-    """Stands for an object of any class but torch's own, or what a function made: it keeps what it was given, no more."""
+    """Stands for an object of any class but torch's own, or what a function made: it keeps what it was given."""
 
     plain, arguments, state = None, (), None  # plain: the list or dictionary that torch's loader wants to fill instead
 
@@ -650,7 +650,7 @@ def read_pickle(path):
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
-        wrong = f"holds {refused[1]}, which is not loaded" if refused else "is damaged, or holds no tensors of torch.save"
+        wrong = f"holds {refused[1]}, which is not loaded" if refused else "is damaged, or not of torch.save"
         raise UserError(f"{path}: {wrong}; save the model's state_dict alone") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary; save the model's state_dict")
@@ -732,7 +732,7 @@ KEYS = [
 ]
 KEYS = [(re.compile(pattern), ours) for pattern, ours in KEYS]
 INSIDE = re.compile(r"(?:feature_extractor|feature_projection|encoder|adapter)\.")  # where no other key may be
-FIRST = re.compile(r"(.*?)" + FRONTEND + r"0\.(?:conv|0)\.weight(?:_orig)?")  # each layout has it; the rest has the same prefix
+FIRST = re.compile(r"(.*?)" + FRONTEND + r"0\.(?:conv|0)\.weight(?:_orig)?")  # in each layout; its prefix is the rest's
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")  # components that DataParallel, torch.compile or FSDP put in
 
 
@@ -751,19 +751,19 @@ def read_public(contents, path):
         if ours:
             what = "tensors of sslprune without their shape; give a model.pt, which transformer.save_model writes"
         raise UserError(f"{path}: holds {what}")
-    (prefix, named, _), said = found[0], what_it_says(contents, path)
+    (prefix, named, _), (said, places) = found[0], what_it_says(contents, path)
     weights, ignored = translate(named, prefix, path)
-    shape = infer_shape(weights, said, path)
+    shape = infer_shape(weights, said, places, path)
     if "projection.mask_embedding" not in weights:  # torchaudio's models have none
         log.info("%s: has no mask embedding; it starts at zero", path)
-    nothing = {"scale": torch.ones(shape.channels[-1]), "shut": torch.zeros(shape.width)}
-    nothing = {f"projection.{name}": tensor for name, tensor in (nothing | {"mask_embedding": nothing["shut"]}).items()}
     # A part that DPHuBERT removed adds nothing to the residual, and the LayerNorm behind it still runs.
     parts = {"attention": shape.heads, "ffn": shape.units}
     removed = [f"layers.{layer}.{part}" for part in parts for layer, count in enumerate(parts[part]) if not count]
     if removed:
         log.info("%s: has no %s", path, _shown(removed))
-    weights = nothing | {f"{part}.output.bias": torch.zeros(shape.width) for part in removed} | weights
+    zeros = ["projection.mask_embedding", "projection.shut", *(f"{part}.output.bias" for part in removed)]
+    weights = {"projection.scale": torch.ones(shape.channels[-1])} | weights
+    weights = {key: torch.zeros(shape.width) for key in zeros} | weights
     weights = {f"encoder.{key}": tensor for key, tensor in weights.items()}
     labels, head = ctc_head(named, said, path)
     if labels:
@@ -805,8 +805,8 @@ def plain(value, levels=3):
 
 def unpruned(named, path):
     """The tensors with X_orig and X_mask, which torch.nn.utils.prune makes of X, multiplied into X."""
-    for key in [key.removesuffix("_mask") for key in named if key.endswith("_mask") and f"{key[:-5]}_orig" in named]:
-        tensor, mask = (numbers(f"{key}_{part}", named.pop(f"{key}_{part}"), path) for part in ("orig", "mask"))
+    for key in [key[:-5] for key in named if key.endswith("_mask") and f"{key[:-5]}_orig" in named]:
+        tensor, mask = (numbers(key + part, named.pop(key + part), path) for part in ("_orig", "_mask"))
         if tensor.shape != mask.shape:
             raise UserError(f"{path}: {_shown([key])}_orig and {_shown([key])}_mask are not of one size")
         named[key] = tensor * mask
@@ -846,7 +846,7 @@ ASSUMED = {
     "wav2vec2-base's strides": {"strides"},
     "post-norm order": {"do_stable_layer_norm"},
 }
-# What is read beside that, by its names in Hugging Face, fairseq, torchaudio and DPHuBERT: ours, where Shape has one.
+# What is read beside that, by its names in Hugging Face, fairseq, torchaudio and DPHuBERT: a Shape's, where it has one.
 NAMES = {name: name for name in (*BASE_LIKE, "num_attention_heads", "num_hidden_layers", "pad_token_id")} | {
     "layer_norm_first": "do_stable_layer_norm", "encoder_layer_norm_first": "do_stable_layer_norm",
     "extractor_mode": "feat_extract_norm", "extractor_conv_bias": "conv_bias", "activation_fn": "hidden_act",
@@ -860,11 +860,11 @@ NAMES = {name: name for name in (*BASE_LIKE, "num_attention_heads", "num_hidden_
 
 
 def what_it_says(contents, path):
-    """What a checkpoint says of its model beside the tensors, in itself and in the files beside it, by our names.
+    """What a checkpoint says of its model beside the tensors, in itself and in files beside it, and where it does.
 
     Raises UserError where that is another architecture than wav2vec2-base's, or where the two contradict each other.
     """
-    said, holders = {}, []
+    said, places, holders = {}, {}, []
     for file in map(path.with_name, ("config.json", "preprocessor_config.json", "processor_config.json")):
         if file.is_file():  # of the first only the outermost: what is deeper is of a decoder or the like
             found = [(f"{file.name}: {place}", holder) for place, holder in nested(read_json(file))]
@@ -883,12 +883,13 @@ def what_it_says(contents, path):
             if value != BASE_LIKE.get(name, value):
                 wrong = f"{place}{key} is {_shown([value])}, and {BASE_LIKE[name]} of wav2vec2-base and HuBERT-base"
                 raise UserError(f"{path}: is of another architecture or rate, and no other is read: {wrong}")
+            places.setdefault(name, f"{place}{key}")
             if said.setdefault(name, value) != value and name != "pad_token_id":
-                wrong = f"{name} is {_shown([said[name]])}, and {place}{key} is {_shown([value])}"
+                wrong = f"{places[name]} is {_shown([said[name]])}, and {place}{key} is {_shown([value])}"
                 raise UserError(f"{path}: contradicts itself: {wrong}")
     if assumed := [what for what, names in ASSUMED.items() if not names & said.keys()]:
         log.info("%s: does not say otherwise, so these are assumed: %s", path, ", ".join(assumed))
-    return said
+    return said, places
 
 
 def convolutions(key, layers, path):
@@ -901,7 +902,7 @@ def convolutions(key, layers, path):
     return dict(zip(("channels", "kernels", "strides"), map(list, zip(*sizes))))
 
 
-def infer_shape(weights, said, path):
+def infer_shape(weights, said, places, path):
     """The shape of a model from its tensors (our keys). What they do not show is base's, or what the file says."""
     modules = {key.rsplit(".", 2)[0] for key in weights}
 
@@ -931,11 +932,12 @@ def infer_shape(weights, said, path):
         shown |= {f"has_{part}": [count > 0 for count in shown[part]] for part in ("heads", "units")}
         for name in shown.keys() & said.keys():
             told = said[name]
-            if name in ("heads", "units"):  # one for all layers, or one for each, of which a removed part has none
-                told = [told] * len(shape.heads) if type(told) is int else told
+            if name in ("heads", "units"):  # one number for all layers or one for each; a removed part's has no meaning
+                told = told if isinstance(told, list) else [told] * len(shape.heads)
                 told = [n if count else 0 for n, count in zip(told, shown[name])] + told[len(shape.heads) :]
             if told != shown[name]:
-                raise ValueError(f"{name}: it has {_shown([shown[name]])}, and says {_shown([told])}")
+                wrong = f"{places[name]} is {_shown([told])}, and its tensors have {_shown([shown[name]])}"
+                raise ValueError(f"{wrong}, in {name}")
         return shape
     except KeyError as error:
         raise UserError(f"{path}: lacks {error.args[0]}") from error
@@ -964,7 +966,7 @@ def ctc_head(named, said, path):
         if type(unit) is int and 0 <= unit < size and unit not in outputs.values():
             outputs[token] = unit
     if not outputs:
-        raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or remove it to leave out the head")
+        raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or take it away")
     padding = next((outputs[token] for token in (special.get("pad_token"), "<pad>", "[PAD]") if token in outputs), None)
     blank = said.get("pad_token_id", 0 if padding is None else padding)
     if type(blank) is not int or not 0 <= blank < size or padding not in (None, blank):
