@@ -431,8 +431,8 @@ class Checkpoint:
 
         labels, raw_text = self.labels, raw_text or self.raw_text
         if self.task == "asr" and not raw_text:
-            normal = [data.normalise(label) if len(label) == 1 else label for label in labels]
-            labels = [new if len(new) == 1 and new not in labels else old for old, new in zip(labels, normal)]
+            taken, normal = set(labels), [data.normalise(label) if len(label) == 1 else label for label in labels]
+            labels = [new if len(new) == 1 and new not in taken else old for old, new in zip(labels, normal)]
 
         def make():
             model = SpeechModel(Wav2Vec2(self.shape, self.dense), self.task, labels, raw_text)
@@ -650,7 +650,7 @@ def read_pickle(path):
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
-        wrong = f"holds {refused[1]}, which is not loaded" if refused else "is damaged, or not of torch.save"
+        wrong = f"holds {refused[1][:80]}, which is not loaded" if refused else "is damaged, or not of torch.save"
         raise UserError(f"{path}: {wrong}; save the model's state_dict alone") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary; save the model's state_dict")
@@ -951,35 +951,40 @@ def ctc_head(named, said, path):
     Its blank becomes the first output. An output that no token names, or one that is no name, has its number as a mark.
     """
     head = {key.rpartition("lm_")[2]: tensor for key, tensor in named.items() if re.search(r"\blm_head\.\w+$", key)}
-    names = ("vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-    vocab, added, *tokenizer = (read_json(file) if (file := path.with_name(n)).is_file() else {} for n in names)
-    if set(head) != {"head.weight", "head.bias"} or not path.with_name(names[0]).is_file():
+    file = path.with_name("vocab.json")
+    if set(head) != {"head.weight", "head.bias"} or not file.is_file():
         return None, {}
     head = {key: numbers(f"lm_{key}", tensor, path) for key, tensor in head.items()}
-    size, file, special = head["head.bias"].numel(), path.with_name(names[0]), tokenizer[0] | tokenizer[1]
-    special = {name: token.get("content") if isinstance(token, dict) else token for name, token in special.items()}
+    size = head["head.bias"].numel()
+    if any(tensor.shape[:1] != (size,) for tensor in head.values()):
+        raise UserError(f"{path}: lm_head.weight and lm_head.bias are not of one size")
+    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    first, second, added = (read_json(other) if (other := path.with_name(n)).is_file() else {} for n in names)
+    special = {name: text.get("content") if isinstance(text, dict) else text for name, text in (first | second).items()}
+    vocab = read_json(file)
     vocab = vocab.get(str(special.get("target_lang")), vocab)
     if not isinstance(vocab, dict) or any(isinstance(unit, dict) for unit in vocab.values()):
         raise UserError(f"{file}: has a vocabulary for each of several languages; leave that of this head alone in it")
-    outputs = {}  # an output that the head does not have can never be recognised
+    tokens = {}  # an output that the head does not have can never be recognised; of two tokens for one the first counts
     for token, unit in (vocab | added).items():
-        if type(unit) is int and 0 <= unit < size and unit not in outputs.values():
-            outputs[token] = unit
+        if type(unit) is int and 0 <= unit < size:
+            tokens.setdefault(unit, token)
+    outputs = {token: unit for unit, token in tokens.items()}
     if not outputs:
         raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or take it away")
-    padding = next((outputs[token] for token in (special.get("pad_token"), "<pad>", "[PAD]") if token in outputs), None)
+    pad, delimiter = (str(special.get(name)) for name in ("pad_token", "word_delimiter_token"))
+    padding = next((outputs[token] for token in (pad, "<pad>", "[PAD]") if token in outputs), None)
     blank = said.get("pad_token_id", 0 if padding is None else padding)
     if type(blank) is not int or not 0 <= blank < size or padding not in (None, blank):
         wrong = f"the padding token is output {padding}, and pad_token_id in config.json is {_shown([blank])}"
         raise UserError(f"{file}: {wrong}; which of the head's {size} outputs is CTC's blank? make the two agree")
-    delimiters = (special.get("word_delimiter_token"), data.SPACE, " ")
-    space = next((token for token in delimiters if token in outputs), None)
+    space = next((outputs[token] for token in (delimiter, data.SPACE, " ") if token in outputs), None)
     labels = [f"<{unit}>" for unit in range(size)]
     for token, unit in outputs.items():
         if data.is_name(token) and token not in (data.BLANK, data.SPACE):
             labels[unit] = token
     if space is not None:
-        labels[outputs[space]] = data.SPACE
+        labels[space] = data.SPACE
     order = [blank, *(unit for unit in range(size) if unit != blank)]
     log.info("%s: has a CTC head, with the %d labels of %s", path, size, file.name)
     return [data.BLANK, *(labels[unit] for unit in order[1:])], {key: tensor[order] for key, tensor in head.items()}

@@ -844,6 +844,14 @@ def test_the_blank_and_the_space_are_those_of_the_tokenizer(golden, tmp_path, fi
     assert load(tmp_path).labels[:4] == ["<pad>", "<0>", "#", "|"]
 
 
+def test_what_a_broken_head_or_tokenizer_says_is_one_line(golden, tmp_path):
+    write_ctc(tmp_path, golden, {"<pad>": 0, "|": 1}, pad_token_id=0)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": ["*"], "word_delimiter_token": {"content": {}}}')
+    assert load(tmp_path).labels[:2] == ["<pad>", "|"]
+    write_ctc(tmp_path, golden, {"<pad>": 0}, bias=torch.zeros(12))
+    refused(tmp_path / "model.safetensors", "lm_head.bias")
+
+
 def test_characters_stay_as_they_are_with_raw_text(golden, tmp_path):
     write_ctc(tmp_path, golden, {"<pad>": 0, "a": 1, "ß": 2, "N": 3, "n": 4, "th": 5}, pad_token_id=0)
     assert load(tmp_path).labels[:6] == ["<pad>", "A", "ß", "N", "n", "th"]
