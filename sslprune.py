@@ -943,7 +943,7 @@ class Run:
     @property
     def place(self):
         """Where it is, in words."""
-        return f"{self.progress.phase} {self.progress.update}/{self.updates}" if self.updates else "before training"
+        return self.progress.phase + (f" {self.progress.update}/{self.updates}" if self.updates else "")
 
     @property
     def warmup(self):

@@ -454,8 +454,8 @@ class Checkpoint:
 
         labels, raw_text = self.labels, raw_text or self.raw_text
         if self.task == "asr" and not raw_text:
-            normal = [data.normalise(label) if len(label) == 1 else label for label in labels]
-            labels = [new if len(new) == 1 and new not in labels else old for old, new in zip(labels, normal)]
+            taken, normal = set(labels), [data.normalise(label) if len(label) == 1 else label for label in labels]
+            labels = [new if len(new) == 1 and new not in taken else old for old, new in zip(labels, normal)]
 
         def make():
             model = SpeechModel(Wav2Vec2(self.shape, self.dense), self.task, labels, raw_text)
@@ -673,7 +673,7 @@ def read_pickle(path):
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
         refused = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
-        wrong = f"holds {refused[1]}, which is not loaded" if refused else "is damaged, or not of torch.save"
+        wrong = f"holds {refused[1][:80]}, which is not loaded" if refused else "is damaged, or not of torch.save"
         raise UserError(f"{path}: {wrong}; save the model's state_dict alone") from error
     if not isinstance(contents, dict):
         raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary; save the model's state_dict")
@@ -774,19 +774,19 @@ def read_public(contents, path):
         if ours:
             what = "tensors of sslprune without their shape; give a model.pt, which transformer.save_model writes"
         raise UserError(f"{path}: holds {what}")
-    (prefix, named, _), said = found[0], what_it_says(contents, path)
+    (prefix, named, _), (said, places) = found[0], what_it_says(contents, path)
     weights, ignored = translate(named, prefix, path)
-    shape = infer_shape(weights, said, path)
+    shape = infer_shape(weights, said, places, path)
     if "projection.mask_embedding" not in weights:  # torchaudio's models have none
         log.info("%s: has no mask embedding; it starts at zero", path)
-    nothing = {"scale": torch.ones(shape.channels[-1]), "shut": torch.zeros(shape.width)}
-    nothing = {f"projection.{name}": tensor for name, tensor in (nothing | {"mask_embedding": nothing["shut"]}).items()}
     # A part that DPHuBERT removed adds nothing to the residual, and the LayerNorm behind it still runs.
     parts = {"attention": shape.heads, "ffn": shape.units}
     removed = [f"layers.{layer}.{part}" for part in parts for layer, count in enumerate(parts[part]) if not count]
     if removed:
         log.info("%s: has no %s", path, _shown(removed))
-    weights = nothing | {f"{part}.output.bias": torch.zeros(shape.width) for part in removed} | weights
+    zeros = ["projection.mask_embedding", "projection.shut", *(f"{part}.output.bias" for part in removed)]
+    weights = {"projection.scale": torch.ones(shape.channels[-1])} | weights
+    weights = {key: torch.zeros(shape.width) for key in zeros} | weights
     weights = {f"encoder.{key}": tensor for key, tensor in weights.items()}
     labels, head = ctc_head(named, said, path)
     if labels:
@@ -828,8 +828,8 @@ def plain(value, levels=3):
 
 def unpruned(named, path):
     """The tensors with X_orig and X_mask, which torch.nn.utils.prune makes of X, multiplied into X."""
-    for key in [key.removesuffix("_mask") for key in named if key.endswith("_mask") and f"{key[:-5]}_orig" in named]:
-        tensor, mask = (numbers(f"{key}_{part}", named.pop(f"{key}_{part}"), path) for part in ("orig", "mask"))
+    for key in [key[:-5] for key in named if key.endswith("_mask") and f"{key[:-5]}_orig" in named]:
+        tensor, mask = (numbers(key + part, named.pop(key + part), path) for part in ("_orig", "_mask"))
         if tensor.shape != mask.shape:
             raise UserError(f"{path}: {_shown([key])}_orig and {_shown([key])}_mask are not of one size")
         named[key] = tensor * mask
@@ -869,7 +869,7 @@ ASSUMED = {
     "wav2vec2-base's strides": {"strides"},
     "post-norm order": {"do_stable_layer_norm"},
 }
-# What is read beside that, by its names in Hugging Face, fairseq, torchaudio and DPHuBERT: ours, where Shape has one.
+# What is read beside that, by its names in Hugging Face, fairseq, torchaudio and DPHuBERT: a Shape's, where it has one.
 NAMES = {name: name for name in (*BASE_LIKE, "num_attention_heads", "num_hidden_layers", "pad_token_id")} | {
     "layer_norm_first": "do_stable_layer_norm", "encoder_layer_norm_first": "do_stable_layer_norm",
     "extractor_mode": "feat_extract_norm", "extractor_conv_bias": "conv_bias", "activation_fn": "hidden_act",
@@ -883,11 +883,11 @@ NAMES = {name: name for name in (*BASE_LIKE, "num_attention_heads", "num_hidden_
 
 
 def what_it_says(contents, path):
-    """What a checkpoint says of its model beside the tensors, in itself and in the files beside it, by our names.
+    """What a checkpoint says of its model beside the tensors, in itself and in files beside it, and where it does.
 
     Raises UserError where that is another architecture than wav2vec2-base's, or where the two contradict each other.
     """
-    said, holders = {}, []
+    said, places, holders = {}, {}, []
     for file in map(path.with_name, ("config.json", "preprocessor_config.json", "processor_config.json")):
         if file.is_file():  # of the first only the outermost: what is deeper is of a decoder or the like
             found = [(f"{file.name}: {place}", holder) for place, holder in nested(read_json(file))]
@@ -906,12 +906,13 @@ def what_it_says(contents, path):
             if value != BASE_LIKE.get(name, value):
                 wrong = f"{place}{key} is {_shown([value])}, and {BASE_LIKE[name]} of wav2vec2-base and HuBERT-base"
                 raise UserError(f"{path}: is of another architecture or rate, and no other is read: {wrong}")
+            places.setdefault(name, f"{place}{key}")
             if said.setdefault(name, value) != value and name != "pad_token_id":
-                wrong = f"{name} is {_shown([said[name]])}, and {place}{key} is {_shown([value])}"
+                wrong = f"{places[name]} is {_shown([said[name]])}, and {place}{key} is {_shown([value])}"
                 raise UserError(f"{path}: contradicts itself: {wrong}")
     if assumed := [what for what, names in ASSUMED.items() if not names & said.keys()]:
         log.info("%s: does not say otherwise, so these are assumed: %s", path, ", ".join(assumed))
-    return said
+    return said, places
 
 
 def convolutions(key, layers, path):
@@ -924,7 +925,7 @@ def convolutions(key, layers, path):
     return dict(zip(("channels", "kernels", "strides"), map(list, zip(*sizes))))
 
 
-def infer_shape(weights, said, path):
+def infer_shape(weights, said, places, path):
     """The shape of a model from its tensors (our keys). What they do not show is base's, or what the file says."""
     modules = {key.rsplit(".", 2)[0] for key in weights}
 
@@ -954,11 +955,12 @@ def infer_shape(weights, said, path):
         shown |= {f"has_{part}": [count > 0 for count in shown[part]] for part in ("heads", "units")}
         for name in shown.keys() & said.keys():
             told = said[name]
-            if name in ("heads", "units"):  # one for all layers, or one for each, of which a removed part has none
-                told = [told] * len(shape.heads) if type(told) is int else told
+            if name in ("heads", "units"):  # one number for all layers or one for each; a removed part's has no meaning
+                told = told if isinstance(told, list) else [told] * len(shape.heads)
                 told = [n if count else 0 for n, count in zip(told, shown[name])] + told[len(shape.heads) :]
             if told != shown[name]:
-                raise ValueError(f"{name}: it has {_shown([shown[name]])}, and says {_shown([told])}")
+                wrong = f"{places[name]} is {_shown([told])}, and its tensors have {_shown([shown[name]])}"
+                raise ValueError(f"{wrong}, in {name}")
         return shape
     except KeyError as error:
         raise UserError(f"{path}: lacks {error.args[0]}") from error
@@ -972,35 +974,40 @@ def ctc_head(named, said, path):
     Its blank becomes the first output. An output that no token names, or one that is no name, has its number as a mark.
     """
     head = {key.rpartition("lm_")[2]: tensor for key, tensor in named.items() if re.search(r"\blm_head\.\w+$", key)}
-    names = ("vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-    vocab, added, *tokenizer = (read_json(file) if (file := path.with_name(n)).is_file() else {} for n in names)
-    if set(head) != {"head.weight", "head.bias"} or not path.with_name(names[0]).is_file():
+    file = path.with_name("vocab.json")
+    if set(head) != {"head.weight", "head.bias"} or not file.is_file():
         return None, {}
     head = {key: numbers(f"lm_{key}", tensor, path) for key, tensor in head.items()}
-    size, file, special = head["head.bias"].numel(), path.with_name(names[0]), tokenizer[0] | tokenizer[1]
-    special = {name: token.get("content") if isinstance(token, dict) else token for name, token in special.items()}
+    size = head["head.bias"].numel()
+    if any(tensor.shape[:1] != (size,) for tensor in head.values()):
+        raise UserError(f"{path}: lm_head.weight and lm_head.bias are not of one size")
+    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    first, second, added = (read_json(other) if (other := path.with_name(n)).is_file() else {} for n in names)
+    special = {name: text.get("content") if isinstance(text, dict) else text for name, text in (first | second).items()}
+    vocab = read_json(file)
     vocab = vocab.get(str(special.get("target_lang")), vocab)
     if not isinstance(vocab, dict) or any(isinstance(unit, dict) for unit in vocab.values()):
         raise UserError(f"{file}: has a vocabulary for each of several languages; leave that of this head alone in it")
-    outputs = {}  # an output that the head does not have can never be recognised
+    tokens = {}  # an output that the head does not have can never be recognised; of two tokens for one the first counts
     for token, unit in (vocab | added).items():
-        if type(unit) is int and 0 <= unit < size and unit not in outputs.values():
-            outputs[token] = unit
+        if type(unit) is int and 0 <= unit < size:
+            tokens.setdefault(unit, token)
+    outputs = {token: unit for unit, token in tokens.items()}
     if not outputs:
-        raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or remove it to go without")
-    padding = next((outputs[token] for token in (special.get("pad_token"), "<pad>", "[PAD]") if token in outputs), None)
+        raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or take it away")
+    pad, delimiter = (str(special.get(name)) for name in ("pad_token", "word_delimiter_token"))
+    padding = next((outputs[token] for token in (pad, "<pad>", "[PAD]") if token in outputs), None)
     blank = said.get("pad_token_id", 0 if padding is None else padding)
     if type(blank) is not int or not 0 <= blank < size or padding not in (None, blank):
         wrong = f"the padding token is output {padding}, and pad_token_id in config.json is {_shown([blank])}"
         raise UserError(f"{file}: {wrong}; which of the head's {size} outputs is CTC's blank? make the two agree")
-    delimiters = (special.get("word_delimiter_token"), data.SPACE, " ")
-    space = next((token for token in delimiters if token in outputs), None)
+    space = next((outputs[token] for token in (delimiter, data.SPACE, " ") if token in outputs), None)
     labels = [f"<{unit}>" for unit in range(size)]
     for token, unit in outputs.items():
         if data.is_name(token) and token not in (data.BLANK, data.SPACE):
             labels[unit] = token
     if space is not None:
-        labels[outputs[space]] = data.SPACE
+        labels[space] = data.SPACE
     order = [blank, *(unit for unit in range(size) if unit != blank)]
     log.info("%s: has a CTC head, with the %d labels of %s", path, size, file.name)
     return [data.BLANK, *(labels[unit] for unit in order[1:])], {key: tensor[order] for key, tensor in head.items()}

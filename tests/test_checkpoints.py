@@ -166,7 +166,8 @@ work.__qualname__ = "work"
 attributes, defaults, cycle = Attributes(lr=1), collections.defaultdict(list, a=[1]), of_framework(type("C", (), {}))()
 attributes.extra, cycle.itself = 1, cycle
 everything = [
-    pathlib.PosixPath("/a/b"), pathlib.PureWindowsPath("c:/x"), datetime.datetime.now(datetime.timezone.utc), uuid.uuid4(),
+    pathlib.PosixPath("/a/b"), pathlib.PureWindowsPath("c:/x"), datetime.datetime.now(datetime.timezone.utc),
+    uuid.uuid4(),
     np.int32(1), np.float16(1), np.datetime64("2020-01-01"), np.arange(3), np.array([1, "a"], object), np.array(["a"]),
     np.zeros(2, [("a", "i4")]), np.random.default_rng(0), np.dtype("f4"), attributes, defaults, cycle, Items([1, 2]),
     collections.Counter("abc"), collections.deque([1, 2], 3), functools.partial(work, 1, a=2), work, Mode, Mode.A,
@@ -231,6 +232,34 @@ def test_objects_that_hold_each_other_a_million_times_take_no_time(golden, tmp_p
         inner = {key: inner for key in range(1000)} | {"conv_stride": [[inner] * 100] * 100}
     torch.save({"cfg": inner, "model": state_dict(golden, "fairseq")}, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", "shape")
+
+
+class Asks:
+    """Unpickling this would call a function of any module."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_what_a_function_of_another_module_would_do_is_not_done(golden, tmp_path, is_zip):
+    trap = str(tmp_path / "trap")
+    asked = [Asks(eval, f"open({trap!r}, 'w')"), Asks(open, trap, "w"), Asks(subprocess.Popen, ["touch", trap])]
+    for thing in [*asked, Asks(getattr, Asks(__import__, "os"), "system")]:
+        contents = {"x": thing, "model": state_dict(golden, "fairseq")}
+        torch.save(contents, tmp_path / "x.pt", _use_new_zipfile_serialization=is_zip)
+        try:
+            load_pretrained(tmp_path / "x.pt")
+        except UserError:  # the format of before zip files names some of them otherwise
+            assert not is_zip
+        assert not os.path.exists(trap)
+    with pytest.raises(UserError, match="holds .*system"):
+        torch.save({"x": Asks(os.system, f"touch {trap}")}, tmp_path / "x.pt", _use_new_zipfile_serialization=is_zip)
+        load_pretrained(tmp_path / "x.pt")
+    assert not os.path.exists(trap)
 
 
 @pytest.mark.parametrize("layout", ["hf_old", "hf_base", "torchaudio"])
@@ -815,6 +844,14 @@ def test_the_blank_and_the_space_are_those_of_the_tokenizer(golden, tmp_path, fi
     assert load(tmp_path).labels[:4] == ["<pad>", "<0>", "#", "|"]
 
 
+def test_what_a_broken_head_or_tokenizer_says_is_one_line(golden, tmp_path):
+    write_ctc(tmp_path, golden, {"<pad>": 0, "|": 1}, pad_token_id=0)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": ["*"], "word_delimiter_token": {"content": {}}}')
+    assert load(tmp_path).labels[:2] == ["<pad>", "|"]
+    write_ctc(tmp_path, golden, {"<pad>": 0}, bias=torch.zeros(12))
+    refused(tmp_path / "model.safetensors", "lm_head.bias")
+
+
 def test_characters_stay_as_they_are_with_raw_text(golden, tmp_path):
     write_ctc(tmp_path, golden, {"<pad>": 0, "a": 1, "ß": 2, "N": 3, "n": 4, "th": 5}, pad_token_id=0)
     assert load(tmp_path).labels[:6] == ["<pad>", "A", "ß", "N", "n", "th"]
@@ -882,11 +919,13 @@ class Encoder(torch.nn.Module):
             x = gelu(convolution.layer_norm(x) if hasattr(convolution, "layer_norm") else x)
         x = self.encoder.feature_projection.layer_norm(x.transpose(1, 2) * self.feature_extractor.dummy_weight)
         x = self.encoder.feature_projection.projection(x)
-        x = transformer.layer_norm(x + gelu(transformer.pos_conv_embed.conv(x.transpose(1, 2))[..., :-1]).transpose(1, 2))
+        position = transformer.pos_conv_embed.conv(x.transpose(1, 2))[..., :-1]
+        x = transformer.layer_norm(x + gelu(position).transpose(1, 2))
         for layer, count in zip(transformer.layers, self.heads):
             if count:
                 part = layer.attention
-                q, k, v = (f(x).unflatten(2, (count, -1)).transpose(1, 2) for f in (part.q_proj, part.k_proj, part.v_proj))
+                maps = (part.q_proj, part.k_proj, part.v_proj)
+                q, k, v = (linear(x).unflatten(2, (count, -1)).transpose(1, 2) for linear in maps)
                 weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
                 x = x + part.out_proj((weights @ v).transpose(1, 2).flatten(2))
             x = layer.layer_norm(x)
@@ -952,4 +991,4 @@ def test_a_model_of_dphubert_computes_what_it_does_there(tmp_path):
 )
 def test_what_dphubert_says_is_obeyed_or_refused(tmp_path, name, value):
     write_dphubert(tmp_path / "x.pth", **{name: value})
-    refused(tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", "heads" if name == "encoder_head_dim" else name)
