@@ -1,6 +1,7 @@
 """What several tests use: small models, and checkpoints in the layouts of the public libraries."""
 
 import argparse
+import copy
 import functools
 import json
 import logging
@@ -77,9 +78,24 @@ def tiny(kinds=(), seed=0, spread=3.0, shape=TINY):
     return model
 
 
+@functools.cache
+def _demo(make, arguments, *_):
+    return make(*arguments)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """The demo corpus and the model from scratch at a size for tests; the report's forward is timed once."""
+    """The demo corpus and the model from scratch at a size for tests.
+
+    It is synthesised once for all tests, and the report's forward is timed once instead of five times.
+    """
+    make = data.demo_corpus
+
+    def made(*arguments):
+        depends_on = *data.DEMO_SIZES.items(), *data.COMMANDS.items()  # which tests change
+        return copy.deepcopy(_demo(make, arguments, depends_on))
+
+    monkeypatch.setattr(data, "demo_corpus", made)
     monkeypatch.setattr(data, "DEMO_SIZES", {"train": 40, "dev": 5, "test": 6})
     monkeypatch.setattr(sslprune, "SMALL", replace(TINY, heads=(3, 2, 4, 4), units=(60, 60, 60, 60)))
     monkeypatch.setattr(sslprune, "forward_seconds", functools.partial(sslprune.forward_seconds, repeats=1))

@@ -252,8 +252,8 @@ def panel(task, points, left):
         # Where MACs are equal, intervals lie on each other: thin and half transparent, both are seen.
         line = f'stroke="{colour}" stroke-opacity="0.6"'
         body += [f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" {line}/>' for px, _, bottom, top in places]
-        points = " ".join(f"{px:.1f},{at:.1f}" for px, at, *_ in places)
-        body.append(f'<polyline points="{points}" fill="none" {line}/>')
+        through = " ".join(f"{px:.1f},{at:.1f}" for px, at, *_ in places)
+        body.append(f'<polyline points="{through}" fill="none" {line}/>')
         body += [sign(method, px, at) for px, at, *_ in places]
         if mine:
             body.append(sign(method, left + 80 * i + 4, 356))

@@ -257,6 +257,7 @@ def test_speeds_are_drawn_afresh_in_every_epoch_and_only_for_training(small, cap
     monkeypatch.setattr(
         data, "load_batch", lambda b: others.update(u.speed for u in b if "train" not in u.name) or load_batch(b)
     )
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", lambda self, *batch: self.head.weight.sum())  # which is quick
     updates = ["--dense-updates", "9", "--prune-updates", "9", "--finetune-updates", "9", "--batch-seconds", "30"]
     arguments = ["--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", "--speed-perturbation", "0.2", *updates]
     assert run(capsys, *arguments)[0] == 0
@@ -503,7 +504,7 @@ def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp
         corpus,
         *"--batch-seconds 300 --evaluate-updates 0 --out".split(),
     ]
-    updates = ["--dense-updates", "3", "--prune-updates", "3", "--finetune-updates", "3"]
+    updates = ["--dense-updates", "0", "--prune-updates", "1", "--finetune-updates", "1"]  # an epoch each
     refused(run(capsys, *arguments, tmp_path / "a", *updates), "of 480 utterances are unusable", "--skip-bad")
     status, printed, errors = run(capsys, *arguments, tmp_path / "b", "--skip-bad", *updates)
     assert (status, errors) == (0, "")

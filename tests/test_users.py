@@ -258,9 +258,8 @@ def test_the_pieces_of_a_long_recording_have_each_of_its_frames_once(monkeypatch
             return torch.nn.functional.one_hot(first, 500)[None].float(), None
 
     model, samples = Model(tiny(), "asr", LETTERS), torch.arange(140_000.0)[None]
-    near = [edge + off for edge in (48_000, 64_000) for off in range(-400, 401, 80)]
-    lengths = [*range(32_001, 140_000, 1_117), *near]
-    for length in lengths:
+    near = [middle + off for middle in (48_000, 64_000) for off in range(-400, 401, 80)]
+    for length in [*range(32_001, 140_000, 1_117), *near]:
         (found,) = model.transcribe(samples[:, :length])
         assert found == list(range((length - 400) // 320 + 1)), length
 
@@ -269,7 +268,8 @@ def test_the_pieces_of_a_long_recording_have_each_of_its_frames_once(monkeypatch
 def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, task, caplog, monkeypatch):
     caplog.set_level("INFO")
     model, samples, longest = sslprune.SpeechModel(tiny(seed=1), task, LETTERS).eval(), [], []
-    rng = np.random.default_rng(0)
+    rng, outputs, decode = np.random.default_rng(0), [], data.decode
+    monkeypatch.setattr(data, "decode", lambda best, labels: outputs.append(best) or decode(best, labels))
     for _ in range(60):
         samples += [data.synthesise(rng.choice(data.ASR_WORDS, 4), rng) * rng.uniform(0.3, 1)]
     samples = np.concatenate(samples)
@@ -286,11 +286,11 @@ def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, 
     (found,) = model.predict(tmp_path / "x.wav")
     assert max(longest) <= 60 * 16_000 + 400 < len(samples)
     assert f"of {len(samples) // 16_000} s" in caplog.text  # progress
-    utterance = data.Utterance("x", tmp_path / "x.wav", len(samples) / 16_000, found, found)
-    metrics, rows = sslprune.evaluate(model, data.Corpus("", test=[utterance]), "test", 100)
-    assert rows == [("x", found, found)] and max(longest) <= 60 * 16_000 + 400  # evaluation does the same
-    # The model is random, its best outputs hardly better than others: characters differ sooner than a trained one's.
+    utterance = data.Utterance("x", tmp_path / "x.wav", len(samples) / 16_000, "A", "A")
+    _, rows = sslprune.evaluate(model, data.Corpus("", test=[utterance]), "test", 100)
+    assert rows == [("x", "A", found)] and max(longest) <= 60 * 16_000 + 400  # evaluation does the same
+    # The model is random, its best outputs hardly better than others: they differ sooner than a trained one's.
     if task == "slu":
         assert scores[0, LETTERS.index(found)] > scores.max() - 0.05
     else:
-        assert data.error_rate([data.decode(scores[0].argmax(-1), LETTERS)], [found], split=list) < 0.02
+        assert (outputs[0] != scores[0].argmax(-1)).float().mean() < 0.02
