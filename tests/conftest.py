@@ -102,13 +102,13 @@ def small(monkeypatch):
 
 
 def as_processes(count, work, printed):
-    """The exit statuses of work(rank) in each of `count` forked processes that are told what torchrun tells its own.
+    """The exit statuses of work(rank) in each of `count` forked processes that are told what any launcher tells its own.
 
     printed: the file into which all of them print.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_RUN_ID": "x"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
     def begin(rank):
         os.environ.update(address, WORLD_SIZE=str(count), RANK=str(rank), LOCAL_RANK=str(rank))

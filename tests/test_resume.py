@@ -1,9 +1,11 @@
 """What a run survives: death at any moment, signals, many processes, numbers that are not finite, a full disk."""
 
 import copy
+import hashlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +258,7 @@ def dead(small, capsys, monkeypatch, tmp_path):
         (["--finetune-updates", "9"], ["--finetune-updates 2", "9"]),
         (["--dtype", "bfloat16"], ["--dtype float32"]),
         (["--max-seconds", "20"], ["--max-seconds"]),
+        (["--evaluate-updates", "1"], ["started without --evaluate-updates", "with --evaluate-updates 1"]),
     ],
 )
 def test_resuming_with_other_flags_is_refused_with_the_difference(dead, capsys, changed, words):
@@ -264,6 +267,19 @@ def test_resuming_with_other_flags_is_refused_with_the_difference(dead, capsys, 
 
 def test_flags_that_change_no_result_may_change(dead, capsys):
     assert run(capsys, *dead, "--resume", "--save-seconds", "5", "--device", "cpu", "--skip-bad")[0] == 0
+
+
+def test_a_run_goes_on_with_its_corpus_wherever_that_lies_now(dead, capsys, monkeypatch, tmp_path):
+    """And the last line counts the time of all its parts."""
+    shutil.move(tmp_path / "corpus", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    state = sslprune.read_state(tmp_path / "run", sslprune.parse([*map(str, dead), "--resume"]))
+    state["progress"]["seconds"] = 7_200.0
+    written = sslprune.torch_bytes(state)
+    sslprune.write(tmp_path / "run" / "training.state", hashlib.sha256(written).digest(), written)
+    status, printed, _ = run(capsys, *dead, "--resume", "--data", "moved/")
+    assert status == 0
+    assert "(trained for 120:0" in printed
 
 
 def test_transcripts_that_do_not_fit_their_audio_are_found_before_anything_is_trained(small, capsys, tmp_path):

@@ -1,5 +1,6 @@
 """The program from its command line, at a size that takes seconds: runs, their results, and every wrong use."""
 
+import io
 import json
 import logging
 import math
@@ -558,8 +559,8 @@ def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
             )
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
     known = set(re.findall(flags, run(capsys, "--help")[1])) | {
-        *"--seconds --nproc-per-node --quick --engines --strings --results --only --jobs --draw-seeds".split()
-    }  # of flops.py, torchrun, and the scripts in tests
+        *"--seconds --nproc-per-node --quick --engines --strings --results --only --jobs --draw-seeds --shm-size".split()
+    }  # of flops.py, torchrun, the scripts in tests, and Docker
     assert set(re.findall(flags, readme)) <= known
 
 
@@ -653,6 +654,95 @@ def test_wrong_use_ends_in_one_line(capsys, tmp_path, monkeypatch, name):
     arguments, words = WRONG[name]
     refused(run(capsys, *arguments), *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"SLURM_NTASKS": "2"}, ["SLURM_NTASKS is 2", "torchrun", "RANK"]),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE is 4"]),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR"]),
+    ],
+)
+def test_tasks_of_a_launcher_that_do_not_know_of_each_other_are_refused(
+    small, capsys, monkeypatch, tmp_path, environment, words
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(run(capsys, "--task", "slu", "--budget", "0.5", "--out", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_corpus_that_is_not_there_is_named_before_an_out_that_is(capsys, tmp_path):
+    (tmp_path / "report.json").write_text("precious")
+    arguments = ["--task", "asr", "--budget", "0.5", "--data", tmp_path / "nowhere", "--out", tmp_path]
+    refused(run(capsys, *arguments), "nowhere", "no such folder")
+
+
+def test_a_run_without_out_goes_to_a_folder_that_names_all_that_tells_it_from_others(small, monkeypatch, tmp_path):
+    monkeypatch.chdir(make_slurp(tmp_path / "corpus"))
+    for data_, name in (("demo", "demo"), (".", "corpus")):
+        options = sslprune.parse(["--task", "slu", "--budget", "0.8", "--data", data_, "--seed", "3", *FAST])
+        assert str(sslprune.prepare(options, torch.device("cpu")).out) == f"runs/slu-{name}-mac-0.8-3"
+
+
+def test_a_path_may_begin_with_the_users_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    flags = "--task=asr --budget=1 --out=~/run --data=~/corpus --checkpoint=~/model.pt".split()
+    options = sslprune.parse(flags)
+    assert [options.out, options.data, options.checkpoint] == [f"/home/of/mine/{n}" for n in ("run", "corpus", "model.pt")]
+    assert sslprune.parse(["--export", "~/a.pt", "~/a.pt2"]).export == ["/home/of/mine/a.pt", "/home/of/mine/a.pt2"]
+
+
+def test_a_program_is_exported_to_no_other_ending_and_the_way_to_onnx_is_said(capsys, tmp_path):
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["a"]), tmp_path / "m.pt")
+    refused(run(capsys, "--export", tmp_path / "m.pt", tmp_path / "m.onnx"), "m.onnx", ".pt2", "torch.onnx.export")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_help_has_the_defaults_of_each_recipe():
+    printed = " ".join(command("--help")[1].split())
+    assert "--dense-updates N 0 with a checkpoint that is trained for the task; otherwise default 20000" in printed
+    assert "--prune-lr N default 0.0001, of a small model 0.001 (slu 0.0005)" in printed
+
+
+def test_a_model_that_is_wrong_in_bfloat16_is_neither_trained_nor_used(small, capsys, monkeypatch, tmp_path):
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["alarm_set"]), tmp_path / "m.pt")
+    soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).normal(0, 0.1, 9_000), 16_000)
+    linear = torch.nn.Linear.forward
+    wrong = lambda self, x: linear(self, x) * (-1 if torch.is_autocast_enabled("cpu") else 1)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Linear, "forward", wrong)
+    commands = [["--predict", tmp_path / "m.pt", tmp_path / "x.wav"], ["--evaluate", tmp_path / "m.pt"]]
+    commands += [["--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", *FAST]]
+    for arguments in commands:
+        refused(run(capsys, *arguments, "--dtype", "bfloat16"), "--dtype float32", "bfloat16")
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_that_a_terminal_cannot_show_is_escaped(monkeypatch, tmp_path):
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["привет"]), tmp_path / "m.pt")
+    soundfile.write(tmp_path / "x.wav", np.random.default_rng(0).normal(0, 0.1, 9_000), 16_000)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert sslprune.main(["--predict", str(tmp_path / "m.pt"), str(tmp_path / "x.wav")]) == 0
+    assert terminal.buffer.getvalue().decode().strip() == f"{tmp_path}/x.wav\t\\u043f\\u0440\\u0438\\u0432\\u0435\\u0442"
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(tmp_path):
+    code = (
+        f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
+        "import data, sslprune; from conftest import TINY\n"
+        "data.DEMO_SIZES, sslprune.SMALL = {'train': 40, 'dev': 5, 'test': 6}, TINY\n"
+        "sys.exit(sslprune.main(sys.argv[1:]))\n"
+    )
+    arguments = ["--task", "slu", "--budget", "0.8", *FAST, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    assert "finetune 2/2" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_wrong_use_in_a_process_of_its_own(tmp_path):
