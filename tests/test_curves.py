@@ -307,7 +307,7 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "CHECKPOINT", {"slu": "tiny.pt"})
     updates = "--dense-updates 0 --prune-updates 6 --finetune-updates 1 --evaluate-updates 0"
     monkeypatch.setattr(grid, "COMMON", f"--batch-seconds 5 --gate-lr 1 {updates}")
-    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.7), 1), ("size", (0.8,), 2)]})
+    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.7), 1), ("size", (0.8,), 1)]})
     corpus, results = make_corpus(tmp_path / "corpus"), tmp_path / "new" / "results.jsonl"
 
     def run(*arguments, results=results):
@@ -319,11 +319,11 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     assert run("--jobs", "0")[0] == 2
-    names = "dense-1-0, mac-0.7-0, size-0.8-0, size-0.8-1"
+    names = "dense-1-0, mac-0.7-0, size-0.8-0"
     assert run("--only", "mac-0.5-0")[::2] == (2, f"grid: mac-0.5-0: no such point; there are {names}\n")
-    assert "1 of 4 points" in run("--only", "mac-0.7-0")[1]
+    assert "1 of 3 points" in run("--only", "mac-0.7-0")[1]
     status, printed, _ = run("--jobs", "2")
-    assert status == 0 and "dense-1-0: dev intent accuracy" in printed and "4 of 4 points" in printed
+    assert status == 0 and "dense-1-0: dev intent accuracy" in printed and "3 of 3 points" in printed
     lines = grid.read_results(results)
     assert [line["name"] for line in lines[:1]] == ["mac-0.7-0"]  # and only then the others
     for line in lines:
@@ -338,14 +338,14 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
             kept, shape = report["expected_counts"], report["dense"]["shape"]
             assert line["expected"] == {kind: sum(kept[kind]) / sum(shape[kind]) for kind in kept}
     points = curves.read(results)["slu"]
-    assert set(points) == {("dense", 1.0), ("mac", 0.7), ("size", 0.8)} and len(points["size", 0.8].results) == 2
+    assert set(points) == {("dense", 1.0), ("mac", 0.7), ("size", 0.8)} and len(points["size", 0.8].results) == 1
     assert points["mac", 0.7].macs <= 0.7 and "--prune-lr 1e-3" in points["mac", 0.7].results[0]["flags"]
-    assert run()[:2] == (0, f"4 of 4 points are in {results}\n")
+    assert run()[:2] == (0, f"3 of 3 points are in {results}\n")
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
     gathered = tmp_path / "gathered.jsonl"
-    assert "1 of 4 points" in run("--only", "size-0.8-1", results=gathered)[1]  # from its folder, and not run again
+    assert "1 of 3 points" in run("--only", "size-0.8-0", results=gathered)[1]  # from its folder, and not run again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")} == made
-    assert grid.read_results(gathered) == [line for line in lines if line["name"] == "size-0.8-1"]
+    assert grid.read_results(gathered) == [line for line in lines if line["name"] == "size-0.8-0"]
     monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.01, 0.9), 1)]})  # one is out of reach
     status, printed, errors = run()
     assert status == 2 and "mac-0.01-0: has failed; the end of" in errors
