@@ -173,17 +173,20 @@ def layout(root, subsets, splits):
 def subset_files(root, kind, name):
     """The files that make a subset. Of tables, the first is read. name: a pattern of glob's."""
     patterns = {
-        "table": [name + ending for ending in (".[tT][sS][vV]", ".[cC][sS][vV]", ".[jJ][sS][oO][nN][lL]")],
+        "table": [f"{name}.*"],
         "SLURP": [f"dataset/slurp/{name}.jsonl", f"{name}.jsonl"],
         "LibriSpeech": [f"{name}/*/*/*.trans.txt"],
         "Kaldi": [f"{name}/wav.scp"],
     }
+    manifests = [".tsv", ".csv", ".jsonl"] + [".json"] * (name != "*")  # anything may have notes of its own in .json
 
     def is_slurp(path):
         with open(path, "rb") as file:
             return re.search(rb'"recordings"\s*:', file.read(2**16)) is not None
 
     found = [path for pattern in patterns[kind] for path in listed(root, pattern)]
+    if kind == "table":
+        found = [path for ending in manifests for path in found if path.suffix.lower() == ending]
     return [path for path in found if kind in ("LibriSpeech", "Kaldi") or is_slurp(path) == (kind == "SLURP")]
 
 
@@ -216,6 +219,8 @@ def measured(utterance, task, announced, raw_text=False, dropped=None):
         frames, rate, channels = sound.frames, sound.samplerate, sound.channels
     if frames == 0:
         raise UserError(f"{path}: is empty")
+    if 0 < utterance.seconds < frames / rate - 0.5:
+        raise UserError(f"{path}: only {utterance.seconds:g} s of its {frames / rate:g} are meant; cut recordings up")
     change = [f"{rate} Hz, resampled to {SAMPLE_RATE}"] * (rate != SAMPLE_RATE)
     change += [f"{channels} channels, mixed down"] * (channels > 1)
     if change and tuple(change) not in announced:
@@ -293,22 +298,27 @@ COLUMNS = {  # of a manifest: the names by which a column goes
 
 
 def read_manifest(root, files, task, skip):
-    """NAME.tsv, .csv or .jsonl: Common Voice's, NeMo's, pandas'. COLUMNS are read of each row or object.
+    """NAME.tsv, .csv, .jsonl or .json: Common Voice's, NeMo's, pandas'. COLUMNS are read of each row or object.
 
-    Audio is in the corpus's folder, or in clips/ in it; the paths of Common Voice once lacked its .mp3.
+    Audio is in the corpus's folder, in clips/ in it, or beside; the paths of Common Voice once lacked its .mp3.
     """
     path, needed = files[0], "text" if task == "asr" else "intent"
-    for number, row in _objects(path, skip) if path.suffix.lower() == ".jsonl" else _rows(path, needed, skip):
+    is_json = path.suffix.lower() in (".jsonl", ".json")
+    for number, row in _objects(path, skip) if is_json else _rows(path, needed, skip):
         row = {key: str(value).strip() for key, value in row.items() if type(value) in (str, int, float)}
         cells = {what: next((row[key] for key in keys if row.get(key)), "") for what, keys in COLUMNS.items()}
         name = cells.pop("path")
-        if row.get("offset", "").strip("+-0."):
+        if any(row.get(key, "").strip("+-0.") for key in ("offset", "start", "start_time")):
             raise UserError(f"{path}: line {number} is a part of {name}; cut recordings up, one file an utterance")
         if not is_name(name) or not cells[needed]:
             skip(f"{path}: line {number} has no {needed if is_name(name) else 'path'}, or none that is text")
             continue
-        paths = [folder / f"{name}{ending}" for ending in ("", ".mp3") for folder in (root, root / "clips")]
-        yield Utterance(name, _first_file(paths), 0.0, **cells)
+        seconds = 0.0
+        with contextlib.suppress(ValueError):  # where a manifest has offsets, a first part begins at 0
+            seconds = float(row.get("duration", 0) if "offset" in row else 0)
+        folders = (root, root / "clips", path.parent)
+        paths = [folder / f"{name}{ending}" for ending in ("", ".mp3") for folder in folders]
+        yield Utterance(name, _first_file(paths), seconds, **cells)
 
 
 def _rows(path, needed, skip):

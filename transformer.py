@@ -764,7 +764,10 @@ def read_public(contents, path):
     found = []
     for place, holder in nested(contents):
         named = unpruned({WRAPPERS.sub("", str(key)): value for key, value in holder.items()}, path)
-        found += [(match[1], named, f"{place}{match[1]}") for key in named if (match := FIRST.fullmatch(key))]
+        for key in filter(FIRST.fullmatch, named):  # what optimizers keep of a frontend is no encoder
+            prefix = FIRST.fullmatch(key)[1]
+            if isinstance(named[key], torch.Tensor) and any(other.startswith(f"{prefix}encoder.") for other in named):
+                found.append((prefix, named, f"{place}{prefix}"))
     if len(found) != 1:
         ours = any("frontend.convolutions.0.weight" in str(key) for _, holder in nested(contents) for key in holder)
         what = f"several encoders ({_shown([place or 'without a prefix' for *_, place in found])}); give one alone"
@@ -889,9 +892,11 @@ def what_it_says(contents, path):
     """
     said, places, holders = {}, {}, []
     for file in map(path.with_name, ("config.json", "preprocessor_config.json", "processor_config.json")):
-        if file.is_file():  # of the first only the outermost: what is deeper is of a decoder or the like
+        if file.is_file():
             found = [(f"{file.name}: {place}", holder) for place, holder in nested(read_json(file))]
-            holders += found[:1] if file.name == "config.json" else found
+            if file.name == "config.json":  # only the encoder's part, and not that of a decoder or the like
+                found = [part for part in found if "conv_stride" in part[1]][:1] or found[:1]
+            holders += found
     holders += nested(contents)
     for place, key, value in [(place, key, value) for place, holder in holders for key, value in holder.items()]:
         name, value = NAMES.get(key), plain(value)
@@ -939,7 +944,10 @@ def infer_shape(weights, said, places, path):
 
     try:
         width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
-        head_width = said.get("head_width") or width // said.get("num_attention_heads", width // BASE.head_width)
+        heads = said.get("num_attention_heads", width // BASE.head_width)
+        if heads == 0 and "head_width" not in said:
+            raise ValueError("it does not say how many heads it has; put its config.json beside it")
+        head_width = said.get("head_width") or width // heads
         shape = Shape.from_dict({
             "channels": sizes("frontend.convolutions", "weight", 0),
             "kernels": sizes("frontend.convolutions", "weight", 2),
@@ -984,6 +992,9 @@ def ctc_head(named, said, path):
     names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
     first, second, added = (read_json(other) if (other := path.with_name(n)).is_file() else {} for n in names)
     special = {name: text.get("content") if isinstance(text, dict) else text for name, text in (first | second).items()}
+    if special.get("phone_delimiter_token"):
+        log.info("%s: is of phones, which no text is compared with; the head of %s is left out", file, path)
+        return None, {}
     vocab = read_json(file)
     vocab = vocab.get(str(special.get("target_lang")), vocab)
     if not isinstance(vocab, dict) or any(isinstance(unit, dict) for unit in vocab.values()):

@@ -1,6 +1,7 @@
 """Loading: every public layout gives the features of transformers, and what is no such file is refused in one line."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import HERE, TINY, state_dict, tiny, write_layout, write_safetensors
 
+import transformer
 from flops import SMALL, UserError
 from gates import KINDS
 from transformer import SpeechModel, load, load_pretrained, read_checkpoint, read_pickle, save_model
@@ -992,3 +994,36 @@ def test_a_model_of_dphubert_computes_what_it_does_there(tmp_path):
 def test_what_dphubert_says_is_obeyed_or_refused(tmp_path, name, value):
     write_dphubert(tmp_path / "x.pth", **{name: value})
     refused(tmp_path / "x.pth", "heads" if name == "encoder_head_dim" else name)
+
+
+def test_what_stands_about_an_encoder_says_nothing_of_it_or_is_seen_through(golden, tmp_path, caplog):
+    """An encoder-decoder's configuration of its encoder, and DeepSpeed's lists of what is frozen."""
+    path = write_layout(tmp_path, golden, "hf_ctc")
+    config = json.loads((path / "config.json").read_text())
+    outer = {"model_type": "speech-encoder-decoder", "decoder": {"num_attention_heads": 3, "hidden_act": "relu"}}
+    (path / "config.json").write_text(json.dumps(outer | {"encoder": config}))
+    heads = load_pretrained(path).shape.head_width
+    assert heads == config["hidden_size"] // config["num_attention_heads"]
+    (path / "config.json").write_text(json.dumps(outer | {"encoder": config | {"do_stable_layer_norm": True}}))
+    refused(path, "do_stable_layer_norm")
+    tensors = state_dict(golden, "fairseq")
+    frozen = {key: tensor for key, tensor in tensors.items() if "feature_extractor" in key}
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    contents = {"module": tensors, "frozen_param_shapes": shapes, "frozen_param_fragments": frozen}
+    (tmp_path / "deepspeed").mkdir()
+    torch.save(contents, tmp_path / "deepspeed" / "states.pt")
+    assert load_pretrained(tmp_path / "deepspeed").shape.heads
+
+
+def test_the_head_of_a_recogniser_of_phones_is_left_out_with_a_word(golden, tmp_path, caplog):
+    write_ctc(tmp_path, golden, {"<pad>": 0, "a": 1, "tʃ": 2}, pad_token_id=0)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"phone_delimiter_token": " "}))
+    with caplog.at_level("INFO"):
+        assert read_checkpoint(tmp_path).task is None
+    assert "is of phones" in caplog.text
+
+
+def test_a_narrow_model_that_does_not_say_how_many_heads_it_has_is_refused_with_what_to_do(golden, monkeypatch, tmp_path):
+    monkeypatch.setattr(transformer, "BASE", dataclasses.replace(transformer.BASE, head_width=256))  # wider than the model
+    torch.save(state_dict(golden, "fairseq"), tmp_path / "bare.pt")
+    refused(tmp_path / "bare.pt", "how many heads", "config.json")

@@ -1169,3 +1169,29 @@ def test_a_change_of_rate_or_channels_is_said_once(tmp_path, caplog):
         soundfile.write(path, np.zeros((4_000, 2)), 8_000)
     open_corpus(tmp_path, "asr")
     assert caplog.text.count("8000 Hz, resampled to 16000; 2 channels, mixed down") == 1
+
+
+def test_parts_of_recordings_are_refused_also_the_first_part_of_each(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.ones(32_000) * 0.1, 16_000)
+    for row in ({"start": 0.5}, {"start_time": "1"}, {"offset": 0.5, "duration": 1}):
+        (tmp_path / "test.jsonl").write_text(json.dumps({"path": "x.wav", "text": "a", **row}) + "\n")
+        with pytest.raises(UserError, match="part of x.wav; cut"):
+            data.open_corpus(tmp_path, "asr", splits=("test",))
+    for duration, usable in ((2, True), (1, False), ("?", True)):
+        row = {"path": "x.wav", "text": "a", "offset": 0, "duration": duration}
+        (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+        if usable:
+            assert data.open_corpus(tmp_path, "asr", splits=("test",)).test[0].seconds == 2
+        else:
+            with pytest.raises(UserError, match="only 1 s of its 2 are meant"):
+                data.open_corpus(tmp_path, "asr", splits=("test",))
+
+
+def test_a_manifest_may_be_named_json_and_lie_beside_its_audio(tmp_path):
+    """As NeMo names its manifests, and datasets its AudioFolder."""
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    soundfile.write(tmp_path / "data" / "test" / "x.wav", np.ones(9_000) * 0.1, 16_000)
+    row = {"file_name": "x.wav", "transcription": "a"}
+    (tmp_path / "data" / "test" / "metadata.json").write_text(json.dumps(row) + "\n")
+    corpus = data.open_corpus(tmp_path, "asr", subsets={"test": "data/test/metadata"}, splits=("test",))
+    assert [u.text for u in corpus.test] == ["A"]
