@@ -102,7 +102,7 @@ def small(monkeypatch):
 
 
 def as_processes(count, work, printed):
-    """The exit statuses of work(rank) in each of `count` forked processes that are told what any launcher tells its own.
+    """The exit statuses of work(rank) in each of `count` forked processes, told what any launcher tells its own.
 
     printed: the file into which all of them print.
     """

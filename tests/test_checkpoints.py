@@ -1023,7 +1023,8 @@ def test_the_head_of_a_recogniser_of_phones_is_left_out_with_a_word(golden, tmp_
     assert "is of phones" in caplog.text
 
 
-def test_a_narrow_model_that_does_not_say_how_many_heads_it_has_is_refused_with_what_to_do(golden, monkeypatch, tmp_path):
-    monkeypatch.setattr(transformer, "BASE", dataclasses.replace(transformer.BASE, head_width=256))  # wider than the model
+def test_a_narrow_model_that_does_not_say_how_many_heads_it_has_is_refused(golden, monkeypatch, tmp_path):
+    wide = dataclasses.replace(transformer.BASE, head_width=256)  # wider than the model is
+    monkeypatch.setattr(transformer, "BASE", wide)
     torch.save(state_dict(golden, "fairseq"), tmp_path / "bare.pt")
     refused(tmp_path / "bare.pt", "how many heads", "config.json")
