@@ -119,9 +119,12 @@ def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False,
     kind = layout(root, subsets, splits)
     read = {"table": read_manifest, "SLURP": read_slurp, "LibriSpeech": read_librispeech, "Kaldi": read_kaldi}[kind]
     corpus, dropped = Corpus(kind, skip_bad=skip_bad), Counter()
+    named = SUBSETS[kind] | subsets
+    if kind == "table" and not subset_files(root, kind, glob.escape(named["dev"])) and "dev" not in subsets:
+        named["dev"] = next((name for name in ("validation", "valid") if subset_files(root, kind, name)), "dev")
     files = {  # of each subset of each split
         split: {name: subset_files(root, kind, glob.escape(name)) for name in names.split(",")}
-        for split, names in (SUBSETS[kind] | subsets).items()
+        for split, names in named.items()
     }
     there = {split for split in SPLITS if split in subsets or all(files[split].values())}
     lends = "dev" in splits and "dev" not in there and ("train" in splits or "train" in there)
@@ -527,9 +530,11 @@ def training_batches(utterances, frames, ctc, speed_perturbation, batch_seconds,
 
 def usable(utterances, corpus, frames, ctc):
     """The utterances that make enough frames; the others are skipped. Arguments as for `training_batches`."""
-    kept = [u for u in utterances if fits(u, frames, ctc)]
+    kept = []
     for u in utterances:
-        if not fits(u, frames, ctc):
+        if fits(u, frames, ctc):
+            kept.append(u)
+        else:
             made, needed = max(0, frames(round(u.seconds * SAMPLE_RATE))), frames_needed(u.text) if ctc else 1
             corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {made} frames; {needed} are needed")
     return kept
@@ -587,8 +592,9 @@ WIDTHS = {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFFDD
 APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u201b\u02bb\u02bc\u055a\u1fbd\u1fbf\u2032`\u00b4"), "'")
 # What is inside of words: zero-width joiners, Mongolian's vowel separator, middle dots (l\u00b7l), geresh, gershayim.
 INNER = "\u200c\u200d\u180e\u00b7\u2027\u2219\u22c5\u05f3\u05f4"
-BRACKETS = ("<>", "[]", "()", "{}", "\u27e8\u27e9", "\u3010\u3011", "\u3014\u3015")
-NOISE = "|".join(rf"\{a}[/|_]?[^\W\d_][^{re.escape(''.join(BRACKETS))}]{{0,38}}\{b}" for a, b in BRACKETS)
+BRACKETS = ("<>", "[]", "{}", "\u27e8\u27e9", "\u3010\u3011", "\u3014\u3015", "()")
+NOISE = "|".join(rf"\{a}[/|_]?[^\W\d_][^{re.escape(''.join(BRACKETS))}]{{0,38}}\{b}" for a, b in BRACKETS[:-1])
+NOISE += r"|\([^\W\d_]\w{0,38}\)"  # in parentheses one word alone, since people say what else stands in them
 
 
 def normalise(text, dropped=None):

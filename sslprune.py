@@ -20,6 +20,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import io
 import itertools
@@ -111,7 +112,7 @@ def main(arguments=None):
     try:
         command, _ = COMMANDS.get(command_of(options), (train_and_prune, None))
         status = command(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except BrokenPipeError:  # `| head` has read enough: Python is not to say so as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -132,7 +133,8 @@ def main(arguments=None):
 
 def refuse(message):
     """Say in one line what is wrong; the exit status for it."""
-    print("sslprune:", " ".join(str(message).split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # where nobody reads it
+        print("sslprune:", " ".join(str(message).split()), file=sys.stderr)
     return 2
 
 
@@ -331,6 +333,7 @@ def go_through_phases(run):
             warn_unless_converged(options, progress.expected)
             harden(model.encoder.gates, run.start_shape, options.method, options.budget, options.ragged)
             model.encoder = model.encoder.slice()
+            check_precision(model)
             log.info("hardened and sliced: %s", size_in_words(model.encoder.shape))
         run.enter("finetune")
 
@@ -466,7 +469,7 @@ def train(run):
     watch(run)
     show = countdown(progress.phase, updates, progress.update)
     groups = itertools.islice(stream(run), progress.update, updates)
-    for batches in or_stop(load_batches(groups, run.corpus, options.workers, run.device)):
+    for batches in agreed(run, load_batches(groups, run.corpus, options.workers, run.device)):
         model.train()
         done = progress.update / updates  # of the phase
         optimizer.param_groups[0]["lr"] = getattr(options, f"{progress.phase}_lr") * tri_stage(done)
@@ -523,7 +526,7 @@ def load_batches(groups, corpus, workers, device):
     Threads read the next `workers` lists. Reading, decoding and FFTs let go of Python's lock, and a thread needs no
     shared memory to hand a batch over, and cannot be killed alone. It is a daemon: one that a dead file server holds
     does not keep the program from ending. Raises UserError where a list takes longer than PATIENCE or too much could
-    not be read, and Stopped where a signal asks for it.
+    not be read, and Stopped where a signal asks for it while it waits.
     """
     workers = max(1, (4 if device.type == "cuda" else 1) if workers is None else workers)
     groups, reading = iter(groups), deque()
@@ -563,13 +566,25 @@ def wait_for(future):
     raise UserError(f"audio could not be read in {PATIENCE} s; see to the corpus's files, and go on with --resume")
 
 
-def or_stop(loaded):
-    """What is loaded; where that fails in one process, all are to save and stop together, after the next update."""
-    try:
-        yield from loaded
-    except (UserError, Stopped) as error:
-        stopping.append(error)
-        yield []
+def agreed(run, loaded):
+    """What is loaded for each update, once all processes have theirs. Where that fails in one, all save and stop.
+
+    They do so before any has begun with the update, so that resuming ends in the same bits.
+    """
+    while True:
+        batches = failure = None
+        try:
+            batches = next(loaded, None)
+        except (UserError, Stopped) as error:
+            failure = error
+        failed = torch.tensor(float(failure is not None), device=run.device)
+        add_up([failed])
+        if failed:
+            run.save()
+            raise next(filter(None, gather(failure)))
+        if batches is None:
+            return
+        yield batches
 
 
 def frames_of(model):
@@ -633,8 +648,6 @@ def step(optimizer, sums, progress):
     norms = nn.utils.clip_grad_norm_(weights, CLIP), nn.utils.get_total_norm(others).to(sums.device)
     # All numbers leave the device at once, since a transfer waits for all that was asked of it.
     loss, count, stop, save, *norms = torch.cat([sums, torch.stack(norms).double()]).tolist()
-    if stop and not count:  # nothing was loaded, so this update is still to come
-        return math.nan, stop, save
     loss = loss / count if count else math.nan
     progress.update += 1
     if math.isfinite(loss) and all(map(math.isfinite, norms)):
@@ -770,8 +783,8 @@ def evaluate(model, corpus, split, batch_seconds, workers=None, characters=True)
     except (UserError, Stopped) as error:
         failure = error  # of all processes, which would wait for this one
     parts = gather((failure, found))
-    for failure in filter(None, (failure for failure, _ in parts)):
-        raise failure
+    if failures := [failure for failure, _ in parts if failure]:
+        raise failures[0]
     share_skipped(corpus)
     corpus.check()
     found = sorted(itertools.chain(*(part for _, part in parts)))
@@ -1067,7 +1080,8 @@ def check_settings(options, state, out):
         then = state["settings"].get(name)
         if now != then:
             what = "torchrun's --nproc-per-node" if name == "processes" else flag(name)
-            then, now = (f"without {what}" if v is None or v is False else f"with {what} {v}" for v in (then, now))
+            given = [f"without {what}" if v is None or v is False else f"with {what} {v}" for v in (then, now)]
+            then, now = (text.removesuffix(" True") for text in given)
             raise UserError(f"{out}: was started {then}, and cannot go on {now}; give its own flags, or another --out")
 
 
@@ -1080,16 +1094,16 @@ def writing(run):
     with contextlib.ExitStack() as at_end:
         if not rank():
             run.out.mkdir(parents=True, exist_ok=True)
-            lock = sqlite3.connect(run.out / "lock", timeout=0, isolation_level=None)
             try:
+                lock = sqlite3.connect(run.out / "lock", timeout=0, isolation_level=None)
                 lock.execute("PRAGMA journal_mode=MEMORY")  # no file beside the lock
                 lock.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
+                at_end.callback((run.out / "lock").unlink, missing_ok=True)
+                at_end.callback(lock.close)  # before, or Windows keeps the file
+            except sqlite3.Error as error:
                 if "locked" in str(error):
                     raise UserError(f"{run.out}: another run is writing to it; give another --out, or wait") from error
                 log.warning("%s: cannot be locked (%s); see to it that no other run writes to it", run.out, error)
-            at_end.callback((run.out / "lock").unlink)
-            at_end.callback(lock.close)  # before, or Windows keeps the file
             if run.saved is None and (run.out / STATE).exists():
                 raise UserError(f"{run.out}: another run has just begun in it; give another --out")
         if run.saved is None:
@@ -1104,7 +1118,7 @@ def writing(run):
 
 # --- Signals -------------------------------------------------------------------------------------------------------
 
-stopping = []  # why this process is to stop: the numbers of signals, or what went wrong as it read a batch
+stopping = []  # the signals that asked this process to stop
 
 
 class Stopped(Exception):
@@ -1129,10 +1143,7 @@ def save_or_stop(run, stop, save):
     if stop or save:
         run.save()
     if stop:
-        reason = (stopping or [signal.SIGTERM])[0]
-        if isinstance(reason, Exception):
-            raise reason
-        raise Stopped(reason)
+        raise Stopped((stopping or [signal.SIGTERM])[0])
 
 
 @contextlib.contextmanager
@@ -1160,16 +1171,18 @@ def processes(device):
     Optimizers import torch.distributed.nn.functional, whose functions keep the group of that time as a default value.
     Its threads then outlive destroy_process_group, and abort the process as Python ends; so it is imported before.
     """
-    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE"):
+    if os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
+        log.info("waiting for the %s processes that WORLD_SIZE names", os.environ["WORLD_SIZE"])
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            patience = datetime.timedelta(seconds=3 * PATIENCE)  # longer than one process may wait for its audio
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         except (ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"RANK and WORLD_SIZE are set, and the processes cannot find each other ({why})") from error
         if rank():
             log.setLevel(logging.ERROR)
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if not dist.is_initialized() and int(os.environ.get(name) or 1) > 1:
+        if not dist.is_initialized() and os.environ.get(name, "1") not in ("", "0", "1"):
             raise UserError(
                 f"{name} is {os.environ[name]}, and without RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT each task"
                 " would train everything; start them by torchrun, set these for each task, or ask for one task"

@@ -55,11 +55,15 @@ class Position(nn.Module):
         """(batch, frames, width) -> the same."""
         norm = self.weight_v.square().sum((0, 1), keepdim=True).sqrt()
         weight = self.weight_v * (self.weight_g / norm)
+        tensors = x.transpose(1, 2), weight, self.bias
         # On CPUs with AMX, oneDNN's bfloat16 kernel is wrong where a group has fewer than 16 channels (torch 2.13).
-        narrow = x.device.type == "cpu" and weight.shape[1] < 16 and torch.is_autocast_enabled("cpu")
-        with torch.autocast("cpu", enabled=False) if narrow else contextlib.nullcontext():
-            x = x.to(weight.dtype) if narrow else x
-            y = F.conv1d(x.transpose(1, 2), weight, self.bias, padding=self.kernel // 2, groups=self.groups)
+        narrow = x.device.type == "cpu" and weight.shape[1] < 16
+        if narrow and (torch.is_autocast_enabled("cpu") or weight.dtype == torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                tensors = (tensor.float() for tensor in tensors)
+                y = F.conv1d(*tensors, padding=self.kernel // 2, groups=self.groups).to(x.dtype)
+        else:
+            y = F.conv1d(*tensors, padding=self.kernel // 2, groups=self.groups)
         return F.gelu(y[..., : x.shape[1]]).transpose(1, 2)  # an even kernel makes one frame too many
 
 
@@ -269,7 +273,7 @@ class SpeechModel(nn.Module):
     def __init__(self, encoder, task, labels, raw_text=False):
         super().__init__()
         self.encoder, self.task, self.labels, self.raw_text = encoder, task, list(labels), raw_text
-        self.outputs = {label: output for output, label in enumerate(self.labels)}
+        self.add_outputs()
         self.head = nn.Linear(encoder.tensor_shape.width, len(labels))
         self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
 
@@ -292,11 +296,15 @@ class SpeechModel(nn.Module):
         log_probabilities = scores.float().log_softmax(2).transpose(0, 1)
         return F.ctc_loss(log_probabilities, torch.cat(targets).to(scores.device), frames, sizes, zero_infinity=True)
 
+    def add_outputs(self):
+        """Set `outputs`, {label: output}; of two outputs with one label, it has the first."""
+        self.outputs = {label: output for output, label in reversed([*enumerate(self.labels)])}
+
     @torch.no_grad()
     def add_labels(self, new):
         """Add outputs to the head, of weight 0 and as unlikely as any other is."""
         self.labels += new
-        self.outputs = {label: output for output, label in enumerate(self.labels)}
+        self.add_outputs()
         weight, bias = self.head.weight, self.head.bias
         self.head = nn.Linear(weight.shape[1], len(self.labels), device=weight.device)
         self.head.weight.zero_()[: len(weight)] = weight
@@ -435,7 +443,7 @@ class Checkpoint:
     weights: dict
     task: str | None = None  # where there is a head
     labels: list | None = None  # as its vocabulary has them
-    raw_text: bool = False  # whether transcripts are left as they are
+    raw_text: bool | None = None  # of our own models: whether they were trained on transcripts as they are
 
     def encoder(self):
         """The Wav2Vec2, in evaluation mode. Raises UserError for a missing, surplus or wrongly sized tensor."""
@@ -452,8 +460,12 @@ class Checkpoint:
             what = "give a model.pt that sslprune wrote, or a CTC model with the vocab.json of its head beside it"
             raise UserError(f"{self.path}: holds no head for a task; {what}")
 
-        labels, raw_text = self.labels, raw_text or self.raw_text
+        if raw_text and self.raw_text is False:
+            raise UserError(f"{self.path}: was trained on normalised transcripts; leave out --raw-text")
+        labels, raw_text = self.labels, bool(raw_text or self.raw_text)
         if self.task == "asr" and not raw_text:
+            if len({label.upper() for label in labels}) < len(labels):
+                log.info("%s: tells upper from lower case, and transcripts do with --raw-text alone", self.path)
             taken, normal = set(labels), [data.normalise(label) if len(label) == 1 else label for label in labels]
             labels = [new if len(new) == 1 and new not in taken else old for old, new in zip(labels, normal)]
 

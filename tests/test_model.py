@@ -198,7 +198,9 @@ def test_bfloat16_avoids_the_kernel_that_is_wrong_on_cpus_with_amx(monkeypatch):
         exact, _ = model(waveform)
         with torch.autocast("cpu", torch.bfloat16):
             features, _ = model(waveform)
+        rounded, _ = copy.deepcopy(model).bfloat16()(waveform.bfloat16())
     assert 0 < (features - exact).norm() < 0.03 * exact.norm()
+    assert 0 < (rounded.float() - exact).norm() < 0.05 * exact.norm()
 
 
 def test_base_computes_its_positional_convolution_in_bfloat16():

@@ -122,6 +122,33 @@ def test_audio_that_is_never_read_ends_the_run_in_one_line_and_loses_nothing(
     never.set()
 
 
+def test_where_one_of_two_processes_cannot_read_its_audio_both_stop_before_the_update(small, tmp_path):
+    flags = "--task slu --budget 0.8 --dense-updates 2 --prune-updates 2 --finetune-updates 1 --evaluate-updates 0"
+
+    def go(out, hanging, *more):
+        def work(rank):
+            calls, load_batch = [], data.load_batch
+
+            def load(batch):
+                calls.append(1)
+                if hanging and rank == 1 and len(calls) == 2:
+                    time.sleep(60)
+                return load_batch(batch)
+
+            data.load_batch, sslprune.PATIENCE = load, 2 if hanging else 60
+            return sslprune.main([*flags.split(), *"--batch-seconds 6 --device cpu --out".split(), str(out), *more])
+
+        return as_processes(2, work, tmp_path / "printed.txt")
+
+    assert go(tmp_path / "whole", False) == [0, 0]
+    assert go(tmp_path / "run", True) == [2, 2]
+    printed = (tmp_path / "printed.txt").read_text()
+    assert printed.count("could not be read in 2 s") == 2
+    assert "Traceback" not in printed
+    assert go(tmp_path / "run", False, "--resume") == [0, 0]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(small, capsys, monkeypatch, tmp_path):
     arguments = ["--task", "slu", "--budget", "0.8", *FAST, "--out", tmp_path / "run"]
     results, train = [], sslprune.train
@@ -436,7 +463,8 @@ def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, cap
                 patch.setattr(sslprune, "ranks", lambda: ranks)
                 patch.setattr(sslprune, "rank", lambda: rank)
                 patch.setattr(sslprune, "gather", lambda item: [item] * ranks)
-                patch.setattr(sslprune, "add_up", lambda tensors: tensors[0][1].fill_(1))  # some process had a batch
+                some_had = lambda tensors: tensors[1:] and tensors[0][1].fill_(1)  # noqa: E731
+                patch.setattr(sslprune, "add_up", some_had)
                 patch.setattr(sslprune, "evaluate", lambda *a, **more: ({"word_error_rate": 0.0}, []))
                 patch.setattr(sslprune, "write", lambda *a: None)
                 patch.setattr(sslprune, "stream", lambda run: (groups.append(g) or g for g in stream(run)))
