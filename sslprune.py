@@ -577,8 +577,10 @@ def agreed(run, loaded):
             batches = next(loaded, None)
         except (UserError, Stopped) as error:
             failure = error
-        failed = torch.tensor(float(failure is not None), device=run.device)
-        add_up([failed])
+        failed = failure is not None
+        if ranks() > 1:
+            failed = torch.tensor(float(failed), device=run.device)
+            add_up([failed])
         if failed:
             run.save()
             raise next(filter(None, gather(failure)))

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -177,14 +178,17 @@ def outcome(out):
 
 
 @pytest.mark.parametrize(
-    ("task", "arguments"),
+    ("task", "every", "arguments"),
     [
-        ("asr", ["--budget", "0.8"]),
-        ("slu", ["--budget", "0.8", "--method", "sepsize", "--accumulate", "2"]),
-        ("asr", ["--budget", "1"]),
+        ("asr", 1, ["--budget", "0.8"]),
+        ("slu", 3, ["--budget", "0.8", "--method", "sepsize", "--accumulate", "2"]),
+        ("asr", 4, ["--budget", "1"]),
     ],
 )
-def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monkeypatch, tmp_path, task, arguments):
+def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(
+    small, capsys, monkeypatch, tmp_path, task, every, arguments
+):
+    """At each of its saves, or at every so many of them."""
     corpus = {"asr": make_librispeech, "slu": make_slurp}[task](tmp_path / "corpus", count=6)
     bad = sorted(corpus.glob("slurp_real/audio-train-*.flac" if task == "slu" else "train-clean-100/*/*/*.flac"))[3]
     bad.write_bytes(bad.read_bytes()[:-200])  # truncated, which only training finds out
@@ -194,7 +198,7 @@ def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(small, capsys, monk
     assert run(capsys, *arguments, "--out", tmp_path / "whole")[0] == 0
     assert report_of(tmp_path / "whole")["skipped"] == 1
     assert {"dense", "prune", "finetune", "done"} == set(saves)
-    for moment in range(1, len(saves) + 1):
+    for moment in range(1, len(saves) + 1, every):
         out, countdown = tmp_path / str(moment), [moment]
 
         def dying(self):
@@ -342,7 +346,7 @@ def test_without_resume_a_run_that_died_is_left_alone_and_resume_named(dead, cap
 
 
 @pytest.mark.parametrize(
-    "numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]]
+    "numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]]
 )
 def test_a_signal_saves_the_run_and_says_how_to_go_on(tmp_path, numbers):
     """To the whole group of processes, as schedulers and terminals send it: those that load audio are to live on."""
@@ -365,22 +369,24 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(tmp_path, numbers):
     assert state["progress"]["update"] == updates > 0
 
 
-def test_a_disk_that_fills_up_while_training_leaves_the_last_state(tmp_path):
+def test_a_disk_that_fills_up_while_training_leaves_the_last_state(small, tmp_path):
     """A limit on the size of files is the nearest to a full disk that a test may make; Adam's moments do not fit."""
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
-    code, out = "sys.exit(sslprune.main(sys.argv[1:]))", tmp_path / "run"
-    arguments = ["--task", "asr", "--budget", "0.8", *FAST, "--out", str(out)]
-    result = subprocess.run(
-        [sys.executable, "-c", SLOW + limit + code, *arguments], capture_output=True, text=True, check=False
-    )
-    refused((result.returncode, result.stdout, result.stderr), "training.state", "large")
+    out, printed = tmp_path / "run", tmp_path / "printed.txt"
+
+    def go(limit, *more):
+        def work(rank):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            return sslprune.main([*"--task asr --budget 0.8 --out".split(), str(out), *FAST, *more])
+
+        return as_processes(1, work, printed)
+
+    assert go(200_000) == [2]
+    *_, error = printed.read_text().splitlines()
+    refused((2, "", error + "\n"), "training.state", "large")
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "metrics.jsonl", "training.state"]
-    result = subprocess.run(
-        [sys.executable, "-c", SLOW + code, *arguments, "--resume"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0
-    assert "goes on at dense 0/2" in result.stdout
+    assert go(10**8, "--resume") == [0]
+    assert "goes on at dense 0/2" in printed.read_text()
 
 
 # --- Many processes ---
