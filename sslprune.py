@@ -9,9 +9,9 @@
     python sslprune.py --export runs/asr-demo-mac-0.5-0/model.pt model.pt2
     torchrun --nproc-per-node 4 sslprune.py --task asr --budget 0.5 ...    # four processes, a GPU each
 
-A run has up to three phases. The method prunes a model that is trained for its task, so a run without a checkpoint, or
-with one whose head is for no task or another one, first trains the dense model. Then weights, gates and multipliers
-train together under the budget (gates.py); the gates are hardened to the budget and the model is sliced. Then the small
+A run has up to three phases. The method prunes a trained model, so a run without a checkpoint first trains a dense one;
+and so does one of wav2vec2-base whose head is for no task or another one. Then weights, gates and multipliers train
+together under the budget (gates.py); the gates are hardened to the budget and the model is sliced. Then the small
 model trains on, and its last state is model.pt. --budget 1.0 trains as long, and prunes nothing: the reference. When a
 run was stopped or killed, the same command with --resume goes on where it was.
 """
@@ -192,7 +192,7 @@ def parse(arguments):
     types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds, "perturbation": number(float, 0, 0.5)}
     types["accumulate"] = number(int, 1, 10**6)
     notes = {"accumulate": "batches per update and process; ", "batch_seconds": "of audio in a batch; "}
-    notes["dense_updates"] = "0 with a checkpoint that is trained for the task; otherwise "
+    notes["dense_updates"] = "0 with a checkpoint that is small or trained for the task; otherwise "
     for name, small in RECIPES["small"].items():
         defaults = f"default {RECIPES['base'][name]:g}, of a small model {small:g}"
         defaults += f" (slu {SMALL_SLU[name]:g})" if name in SMALL_SLU else ""
@@ -396,11 +396,15 @@ def usable_for_training(run):
 
 
 def fill_recipe(options, shape, trained):
-    """Set what the command line left open, for a model of this shape. trained: whether its head is, for the task."""
-    recipe = dict(RECIPES["base"])
-    if shape.width < BASE.width:
+    """Set what the command line left open, for a model of this shape. trained: whether its head is, for the task.
+
+    A small pretrained model is pruned from the start also where its head is new: at equal updates, a dense phase first
+    made understanding no better and recognition worse (README). Of base nobody knows.
+    """
+    recipe, small = dict(RECIPES["base"]), shape.width < BASE.width
+    if small:
         recipe = RECIPES["small"] | (SMALL_SLU if options.task == "slu" else {})
-    if trained:
+    if trained or small and options.checkpoint is not None:
         recipe["dense_updates"] = 0
     for name, value in recipe.items():
         if getattr(options, name) is None:

@@ -381,7 +381,7 @@ def test_a_dense_checkpoint_of_ours_is_pruned_without_a_dense_phase_and_keeps_it
     assert report_of(tmp_path / "c")["metrics"]["dense"] is not None
 
 
-def test_a_head_that_is_new_is_trained_in_a_dense_phase_unless_its_updates_are_given(small, tmp_path):
+def test_a_new_head_of_base_is_trained_in_a_dense_phase_first_and_that_of_a_small_model_where_asked(small, tmp_path):
     model = sslprune.SpeechModel(sslprune.Wav2Vec2(sslprune.SMALL), "slu", ["alarm_set", "weather_query"])
     sslprune.save_model(model, tmp_path / "model.pt")
     updates = {}
@@ -390,8 +390,11 @@ def test_a_head_that_is_new_is_trained_in_a_dense_phase_unless_its_updates_are_g
         options = sslprune.parse([*arguments, "--out", str(tmp_path / "run")])
         sslprune.prepare(options, torch.device("cpu"))
         updates[task, *more] = options.dense_updates
-    dense = sslprune.RECIPES["small"]["dense_updates"]
-    assert list(updates.values()) == [0, dense, 0, 7]
+    assert list(updates.values()) == [0, 0, 0, 7]
+    for trained, expected in ((True, 0), (None, 20_000)):
+        options = sslprune.parse(["--task", "asr", "--budget", "0.8", "--checkpoint", "base.pt"])
+        sslprune.fill_recipe(options, BASE, trained)
+        assert options.dense_updates == expected
 
 
 @pytest.mark.parametrize("method", ["mac", "sepsize"])
@@ -704,7 +707,7 @@ def test_a_program_is_exported_to_no_other_ending_and_the_way_to_onnx_is_said(ca
 
 def test_help_has_the_defaults_of_each_recipe():
     printed = " ".join(command("--help")[1].split())
-    assert "--dense-updates N 0 with a checkpoint that is trained for the task; otherwise default 20000" in printed
+    assert "--dense-updates N 0 with a checkpoint that is small or trained for the task; otherwise default 20000" in printed
     assert "--prune-lr N default 0.0001, of a small model 0.001 (slu 0.0005)" in printed
 
 
