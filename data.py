@@ -515,7 +515,7 @@ def pad(waveforms):
 JITTER = 0.1  # of the lengths by which batches are formed
 
 
-def training_batches(utterances, frames, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
+def training_batches(utterances, shape, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
     """The batches of one epoch of training on utterances that are usable, in random order.
 
     frames: a function from samples to the frames that the model makes of them. ctc: whether the transcript must fit in.
@@ -524,25 +524,25 @@ def training_batches(utterances, frames, ctc, speed_perturbation, batch_seconds,
     if speed_perturbation:
         longest = max((u.seconds for u in utterances), default=0)
         played = zip(utterances, perturb_speed(utterances, speed_perturbation, rng))
-        utterances = [new if new.seconds <= longest and fits(new, frames, ctc) else old for old, new in played]
+        utterances = [new if new.seconds <= longest and fits(new, shape, ctc) else old for old, new in played]
     return batches(utterances, batch_seconds)[::-1] if shortest_first else batches(utterances, batch_seconds, rng)
 
 
-def usable(utterances, corpus, frames, ctc):
+def usable(utterances, corpus, shape, ctc):
     """The utterances that make enough frames; the others are skipped. Arguments as for `training_batches`."""
     kept = []
     for u in utterances:
-        if fits(u, frames, ctc):
+        if fits(u, shape, ctc):
             kept.append(u)
         else:
-            made, needed = max(0, frames(round(u.seconds * SAMPLE_RATE))), frames_needed(u.text) if ctc else 1
+            made, needed = max(0, shape.frames(round(u.seconds * SAMPLE_RATE))[-1]), frames_needed(u.text) if ctc else 1
             corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {made} frames; {needed} are needed")
     return kept
 
 
-def fits(utterance, frames, ctc):
+def fits(utterance, shape, ctc):
     """Whether an utterance makes a frame and, for CTC, enough of them for its transcript."""
-    return frames(round(utterance.seconds * SAMPLE_RATE)) >= (frames_needed(utterance.text) if ctc else 1)
+    return shape.frames(round(utterance.seconds * SAMPLE_RATE))[-1] >= (frames_needed(utterance.text) if ctc else 1)
 
 
 def perturb_speed(utterances, change, rng):

@@ -516,49 +516,6 @@ def load(path):
     return read_checkpoint(path).model()
 
 
-def contents_of(model):
-    """What a model.pt holds of a SpeechModel: plain values and tensors, which load with weights_only=True."""
-    return {
-        "format": "sslprune",
-        "shape": model.encoder.tensor_shape.as_dict(),
-        "dense": model.encoder.dense.as_dict(),
-        "task": model.task,
-        "labels": model.labels,
-        "raw_text": model.raw_text,
-        "weights": {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()},
-    }
-
-
-def save_model(model, path):
-    """Write a model.pt. Replaces the file in one step."""
-    write(path, torch_bytes(contents_of(model)))
-
-
-def torch_bytes(contents):
-    """The bytes that torch.save makes: in memory, so that a full disk is an error of `write` and none within torch."""
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    return buffer.getbuffer()
-
-
-def write(path, *parts):
-    """Write bytes to a file in one step, whole or not at all: what was there before survives whatever happens."""
-    path = Path(path)
-    if not path.name or path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no file, and is not replaced by one")
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
 def read_checkpoint(path):
     """The Checkpoint in a file, or in a folder that holds one."""
     path = find_checkpoint(Path(path))

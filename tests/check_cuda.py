@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import sslprune  # noqa: E402
 from flops import BASE, SMALL  # noqa: E402
-from transformer import SpeechModel, Wav2Vec2, precision, save_model  # noqa: E402
+from sslprune import save_model
+from transformer import SpeechModel, Wav2Vec2, precision  # noqa: E402
 
 SHORT = "--task slu --budget 0.7 --dense-updates 6 --prune-updates 8 --finetune-updates 2 --evaluate-updates 1".split()
 NEAR = {"float32": 5e-3, "bfloat16": 5e-2}  # TF32 has 10 bits behind the point, bfloat16 has 7

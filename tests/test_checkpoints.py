@@ -18,7 +18,8 @@ from conftest import HERE, TINY, state_dict, tiny, write_layout, write_safetenso
 import transformer
 from flops import SMALL, UserError
 from gates import KINDS
-from transformer import SpeechModel, load, load_pretrained, read_checkpoint, read_pickle, save_model
+from sslprune import save_model
+from transformer import SpeechModel, load, load_pretrained, read_checkpoint, read_pickle
 
 LAYOUTS = [
     "hf_base", "hf_ctc", "hf_pretraining", "hf_old", "hf_old_pretraining", "hf_hubert", "hf_hubert_ctc",

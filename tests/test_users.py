@@ -73,7 +73,9 @@ def test_the_run_is_watched(small, capsys, monkeypatch, tmp_path):
     assert entries[0]["expected"] == [1, 1]
     assert entries[6]["expected"] == entries[8]["expected"] == report["kept"]  # right after slicing
     assert re.search(
-        r"prune 6/8 .*dev word error rate \d+\.\d\d%.*expected to keep 0\.\d+, 0\.\d+ \(target 0\.800\)", printed
+        r"prune 6/8 .*loss \d\.\d+  gates keep \d+\.\d% of the frontend parameters, \d+\.\d% of the other parameters"
+        r" \(target 80\.0%\)  dev word error rate \d+\.\d\d%",
+        printed,
     )
     phases = polylines(out)
     lines = [sum(phases[i : i + 3], []) for i in range(0, len(phases), 3)]
