@@ -10,15 +10,18 @@ A unit is an output channel of a convolution, an attention head or a feed-forwar
 
     L_task + lambda_1 (S - t) + lambda_2 (S - t)^2,  S = 1 - E[cost] / dense cost
 
-with the target sparsity t warmed up linearly from 0 (Wang, Wohlwend, Lei 2020, arXiv 1910.04732, section 3.2). The
-expectation is over P(z != 0), while at evaluation a unit is kept where its deterministic z is over 0: the two counts
-differ, and hardening, when training is over, shuts units until the real cost is within the budget. What is constrained
-is the method's choice: `METHODS` (Peng et al. 2023, arXiv 2302.14132).
+with the target sparsity t warmed up linearly from 0 (Wang, Wohlwend, Lei 2020, arXiv 1910.04732, section 3.2).
+lambda_2 ascends by (S - t)^2, so it only grows. That does no harm: its force on the gates is 2 lambda_2 (S - t), which
+vanishes as S reaches t, and so does its growth. lambda_1 falls again where S exceeds t.
+
+S counts P(z != 0), which has a gradient, while the deterministic z at evaluation is 0 or not: z > 0 means log alpha >
+-2.40, and a gate there still has P = 0.31. So the two counts differ by the gates that are neither open nor shut, which
+are few when the constraint has converged. Hardening ends the ambiguity: it keeps the best units that the budget allows.
+What is constrained is the method's choice: `METHODS` (Peng et al. 2023, arXiv 2302.14132).
 
 Gates are given to the functions here as a dictionary from (field of flops.Shape, layer) to gate, e.g. ("heads", 3).
 """
 
-import bisect
 import math
 from collections.abc import Callable
 from operator import attrgetter
@@ -29,10 +32,10 @@ from torch import nn
 
 from flops import SAMPLES, UserError, cost
 
-TOLERANCE = 0.002  # of the dense cost, that hardening may leave unused for the sake of whole groups
-# The groups in which units are kept (half of it where a layer's size is no multiple): a vector register of AVX-512
-# holds 16 numbers in float32, a convolution works on two registers at a time, and odd sizes run slower (README, Speed).
-ALIGN = {"channels": 32, "heads": 1, "units": 16}
+TOLERANCE = 0.002  # of the dense cost, which hardening may leave unused for the sake of whole groups
+# Units are kept in groups of so many, since odd sizes run slower (README, Speed): a register of AVX-512 holds 16 floats,
+# and a convolution works on two registers at a time. A layer whose size is not a multiple uses half the group size.
+ALIGN = {"units": 16, "heads": 1, "channels": 32}  # the finest kind first
 
 
 class HardConcrete(nn.Module):
@@ -54,7 +57,11 @@ class HardConcrete(nn.Module):
         return torch.sigmoid(self.log_alpha.double() - self.shift)
 
     def forward(self):
-        """z: (units,), differentiable in log_alpha. One sample serves the whole batch."""
+        """z: (units,), differentiable in log_alpha.
+
+        One sample serves the whole batch: an update trains one sub-network, as slicing leaves one. The noise averages
+        out over the updates.
+        """
         if not self.training:
             return self._stretched(self.log_alpha)
         noise = torch.logit(torch.rand_like(self.log_alpha), eps=1e-6)
@@ -154,84 +161,47 @@ class Lagrangian(nn.Module):
 
 @torch.no_grad()
 def harden(gates, shape, method, budget, ragged=False):
-    """Shut gates for good: the actual cost is then at most `budget` of the dense, as close under it as units allow.
+    """Shut gates for good: the actual cost is then at most `budget` of the dense one, and close to it.
 
-    The most probably open units are kept, in groups of ALIGN (`ragged`: one by one), above one threshold over all
-    layers. The feed-forward units, the finest of all, make up the difference: some above the threshold give way to the
-    group that it falls on, and some below fill what is left; see `counts_to_keep`. gates: by place; their log alpha
-    is changed. Raises UserError where even the smallest model costs more.
+    Greedy, for each constraint: of the groups of units of all its layers (ragged: the single units), the best first,
+    each is kept that still fits. Where that leaves more than TOLERANCE, single units follow, layer by layer, of the
+    finest kind first. gates: by place; their log alpha is changed. Raises UserError where even the
+    smallest model costs more.
     """
     dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
         governed = {place: gate for place, gate in gates.items() if place[0] in constraint.kinds}
+        kept |= {place: fewest(place) for place in governed}
 
-        def share(counts, measure=constraint.measure):  # a default is bound now, and not when the loop has gone on
-            return measure(cost(shape.with_counts(kept | counts), SAMPLES)) / measure(dense)
+        def unused(counts, constraint=constraint):  # bind the constraint now: the loop variable changes
+            now = cost(shape.with_counts(kept | counts), SAMPLES)
+            return budget - constraint.measure(now) / constraint.measure(dense)
 
-        if share({place: fewest(place) for place in governed}) > budget:
+        if unused({}) < 0:
             raise UserError(f"budget {budget:g} is out of reach for the {constraint.name}; give a larger --budget")
-        counts = counts_to_keep(governed, share, budget, ragged)
-        kept |= counts
+        for place, size in groups(governed, ragged):
+            count = min((kept[place] // size + 1) * size, len(governed[place].log_alpha))  # the next whole group
+            if unused({place: count}) >= 0:
+                kept[place] = count
+        finest_first = sorted(governed, key=lambda place: list(ALIGN).index(place[0]))
+        for place in finest_first if unused({}) > TOLERANCE else ():
+            while kept[place] < len(governed[place].log_alpha) and unused({place: kept[place] + 1}) >= 0:
+                kept[place] += 1
         for place, gate in governed.items():
-            gate.harden(counts[place])
+            gate.harden(kept[place])
 
 
-def counts_to_keep(gates, share, budget, ragged):
-    """How many units to keep, {place: count}. share: a function from such counts to their part of the dense cost.
-
-    1. Groups are taken from the best one on as long as all of them fit together: the threshold is the first that does
-       not. (More units never cost less, so that this number can be found by bisection.)
-    2. Of the coarse units, channels and heads, the groups above the threshold are kept; the group at the threshold too,
-       if it is one of theirs and the fine units, that is the feed-forward's, can make room for it.
-    3. Groups of fine units are kept, the best first, each that fits; then, where that leaves over TOLERANCE, single
-       fine units; then single units of any kind.
-
-    Where no feed-forward unit is gated, the units of the last place are the fine ones, and the group at the threshold
-    is taken apart into single units.
-    """
-    groups, counts = unit_groups(gates, ragged), {place: fewest(place) for place in gates}
-
-    def fits(chosen):
-        return share(counts | dict(chosen)) <= budget
-
-    def keep(chosen):
-        for place, count in chosen:
-            if counts[place] < count and fits([(place, count)]):
-                counts[place] = count
-
-    def groups_that_fit():
-        """The number of the best groups that fit together."""
-        return bisect.bisect(range(len(groups)), 0, key=lambda last: not fits(groups[: last + 1]))
-
-    threshold = groups_that_fit()
-    fine = [place for place in gates if place[0] == "units"]
-    if not fine:
-        fine = list(gates)[-1:]
-        for place, count in groups[threshold : threshold + 1]:
-            kept = dict(groups[:threshold]).get(place, counts[place])
-            groups[threshold : threshold + 1] = [(place, n) for n in range(kept + 1, count + 1)]
-        threshold = groups_that_fit()
-    coarse = [group for group in groups[:threshold] if group[0] not in fine]
-    coarse_and_next = coarse + [group for group in groups[threshold : threshold + 1] if group[0] not in fine]
-    keep(coarse_and_next if fits(coarse_and_next) else coarse)
-    keep(group for group in groups if group[0] in fine)
-    for places in (fine, gates):  # single units, where whole groups leave too much
-        if ragged or budget - share(counts) > TOLERANCE:
-            keep((place, n) for place in reversed(places) for n in range(1, gates[place].log_alpha.numel() + 1))
-    return counts
-
-
-def unit_groups(gates, ragged):
-    """(place, the place's count once a group is kept) of all groups, best first; a group is as good as its middle unit.
+def groups(gates, ragged):
+    """(place, size) of each group of units, best first. A group is as good as its middle unit.
 
     By log alpha: it orders units as the open probability does, and does not round to equal values near 0 and 1.
     """
-    groups = []
+    ranked = []
     for place, gate in gates.items():
         scores = gate.log_alpha.sort(descending=True).values.tolist()
         align = 1 if ragged else ALIGN[place[0]]
-        step = align if len(scores) % align == 0 else max(1, align // 2)
-        for start in range(0, len(scores), step):
-            group = scores[start : start + step]
-            groups.append((group[len(group) // 2], place, start + len(group)))
-    return [group[1:] for group in sorted(groups, key=lambda group: -group[0])]
+        size = align if len(scores) % align == 0 else max(1, align // 2)
+        for start in range(0, len(scores), size):
+            group = scores[start : start + size]
+            ranked.append((group[len(group) // 2], place, size))
+    return [(place, size) for _, place, size in sorted(ranked, key=lambda group: -group[0])]

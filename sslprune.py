@@ -41,7 +41,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # before there is a process group, see `processes`
+import torch.distributed.nn.functional  # now, since its functions keep the group that is there when it is imported
 from torch import nn
 
 import data
@@ -99,7 +99,7 @@ PHASES = {
 
 
 def prune_for_task(run):
-    """The method, from where the run is: train, prune, harden, slice, train on, and report."""
+    """The method, from where the run is: train, prune, harden, slice, train the sliced model on, and report."""
     options, model = run.options, run.model
     if run.phase == "dense":
         if options.dense_updates:
@@ -123,7 +123,7 @@ def prune_for_task(run):
             harden(model.encoder.gates, run.start, options.method, options.budget, options.ragged)
             model.encoder = model.encoder.slice()
             check_precision(model)
-            log.info("hardened (each gate is open or shut for good) and sliced: %s", size_in_words(model.encoder.shape))
+            log.info("hardened, so that each gate is open or shut for good, and sliced: %s", size(model.encoder.shape))
         run.begin("finetune")
 
     train(run)
@@ -158,9 +158,9 @@ def train(run):
 
 
 def step(run, losses):
-    """Average the gradients over all batches, also of the other processes, and update unless they are not finite.
+    """Average the gradients over the batches of all processes, and update, unless a number is not finite.
 
-    losses: of this process's batches. Returns whether the state should be saved now.
+    losses: of this process's batches. Returns whether a save is due.
     """
     weights, *others = (group["params"] for group in run.optimizer.param_groups)
     others = list(itertools.chain(*others))  # gates and multipliers
@@ -172,7 +172,7 @@ def step(run, losses):
     for gradient in gradients:
         gradient /= sums[1]
     norms = nn.utils.clip_grad_norm_(weights, CLIP), nn.utils.get_total_norm([p.grad for p in others]).to(run.device)
-    # All numbers leave the device at once, since each transfer waits for everything that the device was asked to do.
+    # All numbers leave the device in one transfer, since each waits for all work that the device has in its queue.
     loss, count, due, *norms = torch.cat([sums, torch.stack(norms).double()]).tolist()
     loss = loss / count if count else math.nan  # where no process could read its batches
     run.update += 1
@@ -207,14 +207,13 @@ def warmup(done, share):
 
 
 def make_optimizer(model, lagrangian, gate_lr):
-    """Adam over the weights and, where there is a Lagrangian, over the gates and its multipliers; the latter ascend.
+    """Adam over the weights and, where there is a Lagrangian, over the gates and its multipliers, which ascend.
 
     The rate of gates and multipliers is constant. If it fell with the weights' rate, multipliers that grew while the
-    target was out of reach could not come down before the phase ends, and gates would be shut beyond the budget. They
-    have no momentum (the first of GATE_BETAS): they answer each other, and its lag makes the expected cost swing about
-    the budget (Gidel et al. 2019, arXiv 1807.04740). The second beta is small since their gradients vanish as the
-    budget is met: a long memory of large ones is a lag too. All this was tried in phases of some hundred updates, not
-    in base's 40,000.
+    target was out of reach could not fall again before the phase ends, and gates would shut beyond the budget. They
+    have no momentum (the first of GATE_BETAS), since they answer each other, and a lag makes the expected cost swing
+    about the budget (Gidel et al. 2019, arXiv 1807.04740). The second beta is small, since a long memory of large
+    gradients is a lag too. All this was tried in phases of some hundred updates, not in base's 40,000.
     """
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_alpha")]
     groups = [{"params": weights, "betas": BETAS}]
@@ -223,7 +222,7 @@ def make_optimizer(model, lagrangian, gate_lr):
         log_alphas = [gate.log_alpha for gate in model.encoder.gates.values()]
         groups += [{"params": log_alphas, **theirs}, {"params": [lagrangian.multipliers], "maximize": True, **theirs}]
     for p in itertools.chain(*(group["params"] for group in groups)):
-        p.grad = torch.zeros_like(p)  # LayerDrop leaves some without, and all processes have to add up the same
+        p.grad = torch.zeros_like(p)  # LayerDrop leaves some without, and all processes add up the same tensors
     return torch.optim.Adam(groups)
 
 
@@ -468,7 +467,8 @@ def curve(history, report):
     return "\n".join([head, '<rect width="820" height="450" fill="white"/>', *shapes, "</svg>", ""])
 
 
-def size_in_words(shape):
+def size(shape):
+    """Costs of a model, in words."""
     c = cost(shape, SAMPLES)
     return f"{c.macs / 1e9:.3f} GMACs on {SECONDS} s, {c.params / 1e6:.3f} M parameters"
 
@@ -649,9 +649,9 @@ def read_state(out, options):
 
 
 def settings(options):
-    """What a run's result depends on: its flags, after the recipe has filled them in, and the number of processes.
+    """What a run's result depends on: its flags, filled in by the recipe, and the number of processes.
 
-    The corpus itself is compared, and not its path; of the checkpoint, which is read once, the name alone.
+    Of the corpus its fingerprint is compared instead of its path, of the checkpoint, which is read once, the name.
     """
     no_effect = {*COMMANDS, "resume", "out", "data", "device", "workers", "save_seconds", "skip_bad"}
     flags = {name: value for name, value in vars(options).items() if name not in no_effect}
@@ -733,17 +733,16 @@ def stream(run):
 
 
 def share(batches, size):
-    """This process's batches of each `size` in a row: every process has as many groups, the last may be smaller."""
+    """This process's batches of each `size` in a row. All processes have equally many lists, some perhaps empty."""
     return [batches[i : i + size][rank() :: ranks()] for i in range(0, len(batches), size)]
 
 
 def load_batches(groups, corpus, workers, device):
     """Lists of (utterances, waveforms, lengths) for these lists of batches; what cannot be read is skipped.
 
-    Threads read the next `workers` lists. Reading, decoding and FFTs let go of Python's lock, and a thread needs no
-    shared memory to hand a batch over, and cannot be killed alone. It is a daemon: one that a dead file server holds
-    does not keep the program from ending. All processes raise Stopped together, before they use any of a list, where
-    one of them got no audio or was asked to stop.
+    Threads read `workers` lists ahead: they need no shared memory, and reading, decoding and FFTs release Python's
+    lock. They are daemons, so that a dead file server cannot keep the program from ending. Raises Stopped in all
+    processes, before any uses its list, where one cannot read its own or was asked to stop.
     """
     workers = max(1, (4 if device.type == "cuda" else 1) if workers is None else workers)
     groups, reading = iter(groups), deque()
@@ -752,7 +751,7 @@ def load_batches(groups, corpus, workers, device):
         try:
             future.set_result([data.load_batch(batch) for batch in group])
         except BaseException as error:
-            future.set_exception(error)  # and so raised where the list is asked for
+            future.set_exception(error)  # raised where the result is asked for
 
     def read_ahead():
         for group in itertools.islice(groups, workers - len(reading)):
@@ -774,11 +773,11 @@ def load_batches(groups, corpus, workers, device):
             read_ahead()
             yield [batch for *batch, _ in loaded if batch[0]]
     finally:
-        concurrent.futures.wait(reading, timeout=5)  # Python is not to end while a thread is in a library
+        concurrent.futures.wait(reading, timeout=5)  # Python crashes where it ends while a thread is in a library
 
 
 def wait_for(future):
-    """The result of a future that a thread is to set; [] where a signal asks this process to stop meanwhile."""
+    """The result that a thread sets; [] where a signal comes first. Raises UserError after PATIENCE."""
     for _ in range(PATIENCE):
         with contextlib.suppress(concurrent.futures.TimeoutError):
             return future.result(timeout=1)
@@ -855,11 +854,7 @@ def lock(folder, at_end):
 
 @contextlib.contextmanager
 def processes(device):
-    """A context in which this process is one of those that a launcher started, if one did.
-
-    Optimizers import torch.distributed.nn.functional, whose functions keep the group of that time as a default value.
-    Its threads then outlive destroy_process_group, and abort the process as Python ends; so it is imported before.
-    """
+    """A context in which this process is one of those that a launcher started, if one did."""
     if os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
         log.info("waiting for the %s processes that WORLD_SIZE names", os.environ["WORLD_SIZE"])
         try:
@@ -885,7 +880,7 @@ def processes(device):
 
 
 def rank():
-    """The number of this process; 0 is the one that writes and says things."""
+    """The number of this process. Process 0 writes and logs."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -896,7 +891,7 @@ def ranks():
 
 @contextlib.contextmanager
 def together():
-    """A context for what all processes do at once. If another one has died, it raises UserError instead of hanging."""
+    """A context for what all processes do at once: UserError where another one has died."""
     try:
         yield
     except RuntimeError as error:
@@ -917,7 +912,7 @@ def gather(item):
 
 
 def add_up(tensors):
-    """Replace each tensor by its sum over the processes, which is the same to the last bit in all of them."""
+    """Replace each tensor by its sum over the processes, which has the same bits in all of them."""
     if dist.is_initialized():
         with together():
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
@@ -984,13 +979,13 @@ def prepare(options, device):
 
 
 def introduce(run):
-    """Say what the run is of and, where it begins, how long it takes at the speed at which this machine computes."""
+    """Say what the run works on and, at its beginning, how long it takes at the measured speed of a forward."""
     options, corpus, labels = run.options, run.corpus, run.model.labels
     seconds = {split: sum(u.seconds for u in getattr(corpus, split)) for split in ("train", *SPLITS)}
     sizes = (f"{split} {len(getattr(corpus, split)):,} ({duration(s)})" for split, s in seconds.items())
     what = f"{len(labels)} characters" if options.task == "asr" else f"{len(labels)} intents"
     log.info("corpus   %s: utterances (time) of %s; %s", options.data, ", ".join(sizes), what)
-    log.info("model    %s; %s", options.checkpoint or "from scratch", size_in_words(run.start))
+    log.info("model    %s; %s", options.checkpoint or "from scratch", size(run.start))
     whole = cost(run.start, SAMPLES)
     whose = "the dense model's" if run.start == run.model.encoder.dense else "the already pruned checkpoint's"
     for constraint in METHODS[options.method] if options.budget < 1 else ():
@@ -1008,8 +1003,8 @@ def introduce(run):
 def fill_recipe(options, shape, trained):
     """Set what the command line left open, for a model of this shape. trained: whether its head is, for the task.
 
-    A small pretrained model is pruned from the start also where its head is new: at equal updates, a dense phase first
-    made understanding no better and recognition worse (README). Of base nobody knows.
+    A small checkpoint has no dense phase, even where its head is new: at equal updates, one made recognition worse and
+    understanding no better (README). Nobody has measured this for base.
     """
     recipe, small = dict(RECIPES["base"]), shape.width < BASE.width
     if small:
@@ -1069,7 +1064,7 @@ def usable_device(name):
 
 
 def predict(options):
-    """Print a line for each recording; one that cannot be read does not keep the others from being recognised."""
+    """Print a line for each recording, also where others cannot be read."""
     path, *files = options.predict
     model, failed = load_to_use(path, options), []
     for file, result in zip(files, model.recognise(files)):
