@@ -34,6 +34,9 @@ class Shape:
     width, head_width: features of the residual stream, and of one attention head.
     heads, units: attention heads and feed-forward units of each Transformer layer; both may be 0.
     position_kernel, position_groups: the positional convolution's.
+    layer_norms, conv_bias: whether each convolution has a LayerNorm behind it (else the first has a GroupNorm), a bias.
+    pre_norm: whether LayerNorms stand before attention and feed-forward, and the encoder's behind its layers.
+    buckets, max_distance: of WavLM's relative positions; 0 where there are none.
     """
 
     channels: tuple
@@ -45,6 +48,11 @@ class Shape:
     units: tuple
     position_kernel: int
     position_groups: int
+    layer_norms: bool = False
+    conv_bias: bool = False
+    pre_norm: bool = False
+    buckets: int = 0
+    max_distance: int = 0
 
     def frames(self, samples):
         """Frames after each convolution for `samples` (int or integer tensor): n <- (n - kernel)//stride + 1."""
@@ -83,7 +91,11 @@ class Shape:
         shape = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
         convolutions, layers = (shape.channels, shape.kernels, shape.strides), (shape.heads, shape.units)
         positive = [shape.width, shape.head_width, shape.position_kernel, shape.position_groups, *sum(convolutions, ())]
-        numbers = [*positive, *sum(layers, ())]
+        numbers = [*positive, *sum(layers, ()), shape.buckets, shape.max_distance]
+        if not all(type(truth) is bool for truth in (shape.layer_norms, shape.conv_bias, shape.pre_norm)):
+            raise ValueError("layer_norms, conv_bias or pre_norm is neither true nor false")
+        if shape.buckets and (shape.buckets % 4 or shape.max_distance <= shape.buckets // 4):
+            raise ValueError("its buckets of relative positions do not fit together")
         if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all(positive):
             raise ValueError("a number of its shape is not a whole number in range")
         equally_many = len(set(map(len, convolutions))) == len(set(map(len, layers))) == 1
@@ -159,8 +171,9 @@ def cost(shape, samples):
     convolutions, inputs = [], 1
     for layer, (outputs, kernel, frames) in enumerate(zip(shape.channels, shape.kernels, frame_counts)):
         weights = inputs * outputs * kernel
-        group_norm = 2 * outputs if layer == 0 else 0
-        convolutions.append(Part(frames * weights, weights + group_norm))
+        norm = 2 * outputs if layer == 0 or shape.layer_norms else 0
+        bias = outputs if shape.conv_bias else 0
+        convolutions.append(Part(frames * weights, weights + norm + bias))
         inputs = outputs
 
     frames, width = frame_counts[-1], shape.width
@@ -175,6 +188,10 @@ def cost(shape, samples):
     biases_and_norms = len(shape.heads) * (width + layer_norm)  # of the output: stay even where all is lost
     features = sum(shape.heads) * shape.head_width
     attention_linear = Part(4 * frames * width * features, (4 * width + 3) * features + biases_and_norms)
+    if shape.buckets:  # a table of all dense heads; 8 features of each head, with a bias; a scale for each head
+        table = shape.buckets * (width // shape.head_width)
+        params = table + 8 * (shape.head_width + 1) * len(shape.heads) + sum(shape.heads)
+        attention_linear = Part(attention_linear.macs + 8 * frames * features, attention_linear.params + params)
     attention_product = Part(2 * frames * frames * features, 0)
     units = sum(shape.units)
     ffn = Part(2 * frames * width * units, (2 * width + 1) * units + biases_and_norms)

@@ -1,21 +1,30 @@
-"""wav2vec2-base's convolutional frontend and the projection of its features (Baevski et al. 2020, arXiv 2006.11477).
+"""wav2vec2's convolutional frontend and the projection of its features (Baevski et al. 2020, arXiv 2006.11477).
 
-    waveform -> [convolution -> (GroupNorm, first layer only) -> GELU] x 7 -> LayerNorm -> linear -> masks
+    base:   waveform -> [convolution -> (GroupNorm, first layer only) -> GELU] x 7 -> LayerNorm -> linear -> masks
+    large:  waveform -> [convolution -> LayerNorm -> GELU] x 7 -> LayerNorm -> linear -> masks
 
 It has a twentieth of wav2vec2-base's parameters, and a third of its MACs.
 
-Gates. A gate multiplies its unit's output. What reads the unit is linear, so the gate is multiplied into the weights
-that read it: the same function, without a second pass over a large activation. Slicing does the same once and for all.
-The last convolution is the exception, since a LayerNorm reads it: its gates multiply the channels themselves, and
-LayerNorm (weight gamma, bias beta) runs over all C channels of the dense model, the shut ones being 0. A shut channel's
-normalised value is then beta - mean rstd gamma, so slicing needs only C and one vector of the rest. With k kept
-channels of C, and rstd = 1 / sqrt(variance + eps),
+Gates. A gate z multiplies its channel behind the activation. Where a LayerNorm reads the channel, it runs over all C
+channels of the dense model, the shut ones being 0, so that the statistics do not jump as a gate shuts. With k kept
+channels of C, LayerNorm (weight gamma, bias beta) is
 
-    mean = sum_kept x / C,  variance = (sum_kept (x - mean)^2 + (C - k) mean^2) / C,  y = (x - mean) rstd gamma + beta
+    mean = sum_kept x / C,  variance = (sum_kept (x - mean)^2 + (C - k) mean^2) / C,  rstd = 1 / sqrt(variance + eps)
+    y = (x - mean) rstd gamma + beta
+
+Slicing is exact: what reads a channel takes over the gate's value. The projection's LayerNorm gives a shut channel the
+value beta - mean rstd gamma, so slicing leaves C and one vector of it:
+
     W LayerNorm(x) + b = W_kept y + (b + W_shut beta_shut) - (mean rstd) W_shut gamma_shut
 
-is exact, and one forward serves the dense (k = C), the gated and the sliced model.
+In the large frontend, LayerNorm of 0 is not 0. There a gate acts twice, before the LayerNorm and behind the activation:
+
+    u = z (w * x + b),  h = z GELU(LayerNorm(u))
+
+so nothing of a shut channel remains. One forward serves the dense (k = C), the gated and the sliced model.
 """
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
@@ -32,36 +41,26 @@ def valid(frames, length):
     return torch.arange(length, device=frames.device) < frames[:, None]
 
 
-def gated(layer, x, gate):
-    """layer(x * gate) for a linear layer or a convolution, with the gate of its inputs (inputs,) in the weights."""
-    weight = layer.weight * gate.view(-1, *[1] * (layer.weight.dim() - 2))
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, layer.bias)
-    return F.conv1d(x, weight, stride=layer.stride)
+def cut(gate, writers, reader=None, size=1):
+    """Remove the shut units of a gate, in place. Returns the outputs that are kept: (kept * size,) int64.
 
-
-def keep_rows(layer, rows):
-    """Keep only these outputs of a layer, in place: rows of all its parameters."""
-    for name, parameter in list(layer.named_parameters(recurse=False)):
-        setattr(layer, name, nn.Parameter(parameter[rows]))
-    _set_sizes(layer)
-
-
-def keep_columns(layer, columns, scale=None):
-    """Keep only these inputs of a linear layer or convolution, in place, times `scale` (one value per kept input)."""
-    weight = layer.weight[:, columns]
-    if scale is not None:
-        weight = weight * scale.view(-1, *[1] * (weight.dim() - 2))
-    layer.weight = nn.Parameter(weight)
-    _set_sizes(layer)
-
-
-def _set_sizes(layer):
-    """Let the attributes of torch's layers say what their tensors are."""
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-    if isinstance(layer, nn.Conv1d):
-        layer.out_channels, layer.in_channels, _ = layer.weight.shape
+    writers: layers whose outputs are the units, `size` outputs each. reader: the layer whose inputs they are, if any,
+    which takes over the gate's values.
+    """
+    kept = gate.kept()
+    rows = (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+    for layer in writers:
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(parameter[rows]))
+    if reader is not None:
+        scale = gate()[kept].repeat_interleave(size)
+        reader.weight = nn.Parameter(reader.weight[:, rows] * scale.view(-1, *[1] * (reader.weight.dim() - 2)))
+    for layer in (*writers, reader):  # let the attributes of torch's layers say what their tensors are
+        if isinstance(layer, nn.Linear):
+            layer.out_features, layer.in_features = layer.weight.shape
+        if isinstance(layer, nn.Conv1d):
+            layer.out_channels, layer.in_channels, _ = layer.weight.shape
+    return rows
 
 
 class FirstConvolution(nn.Module):
@@ -79,19 +78,17 @@ class FirstConvolution(nn.Module):
         self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(channels, 1, kernel)))
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.kernel, self.stride, self.eps = kernel, stride, eps
+        self.moments = None  # of the recording whose pieces are recognised, see `Frontend.pieces`
 
-    def forward(self, waveforms, frames=None, statistics=None):
-        """waveforms: (batch, samples); frames: (batch,) int, or None: all are valid -> (batch, channels, frames).
-
-        statistics: mean and variance, (batch, channels) each, to normalise with; None: the waveforms' own.
-        """
+    def forward(self, waveforms, frames=None):
+        """waveforms: (batch, samples); frames: (batch,) int, or None: all are valid -> (batch, channels, frames)."""
         patches = waveforms.unfold(1, self.kernel, self.stride).transpose(1, 2).contiguous()
-        mean, variance = statistics or self.statistics(patches, frames)
+        mean, variance = self.moments or self.moments_of(patches, frames)
         gain = self.norm_weight * torch.rsqrt(variance + self.eps)
         shift = self.norm_bias - gain * mean
         return torch.baddbmm(shift[..., None], gain[..., None] * self.weight[:, 0], patches)
 
-    def statistics(self, patches, frames):
+    def moments_of(self, patches, frames):
         """Mean and variance, (batch, channels) each, of channels over the valid of patches (batch, kernel, frames)."""
         centred, count = patches.double(), patches.shape[2]
         if frames is not None:
@@ -108,60 +105,81 @@ class FirstConvolution(nn.Module):
             variance = variance + (diagonal[:, None] * products).sum(2)
         return (mean[:, None] * w).sum(2).to(self.weight.dtype), variance.to(self.weight.dtype)
 
-    def statistics_of_long(self, waveform, length):
-        """`statistics` of a waveform (1, samples) of any length, from parts of about `length` samples."""
+    def moments_of_long(self, waveform, length):
+        """`moments_of` a waveform (1, samples) of any length, from parts of about `length` samples."""
         moments, frames = [], (waveform.shape[1] - self.kernel) // self.stride + 1
         for part in torch.arange(frames).split(length // self.stride):
             samples = waveform[:, part[0] * self.stride : part[-1] * self.stride + self.kernel]
             patches = samples.unfold(1, self.kernel, self.stride).transpose(1, 2).contiguous()
-            mean, variance = (values.double() for values in self.statistics(patches, None))
+            mean, variance = (values.double() for values in self.moments_of(patches, None))
             moments.append(torch.stack((mean, variance + mean.square())) * (len(part) / frames))
         mean, square = sum(moments)
         return mean.to(self.weight.dtype), (square - mean.square()).to(self.weight.dtype)
 
 
 class Frontend(nn.Module):
-    """The seven convolutions, each with GELU. `gates` is None, or has one HardConcrete per convolution."""
+    """What both frontends share. `gates` is None, or has one HardConcrete per convolution."""
 
-    def __init__(self, shape):
+    def __init__(self):
         super().__init__()
-        channels, kernels, strides = shape.channels, shape.kernels, shape.strides
-        self.convolutions = nn.ModuleList([FirstConvolution(channels[0], kernels[0], strides[0])])
-        for sizes in zip(channels, channels[1:], kernels[1:], strides[1:]):
-            self.convolutions.append(nn.Conv1d(*sizes, bias=False))
-            nn.init.kaiming_normal_(self.convolutions[-1].weight)
-        self.gates = None
-
-    def forward(self, waveforms, frames=None, statistics=None):
-        """waveforms: (batch, samples) -> features (batch, frames, channels), and the last layer's gate (channels,).
-
-        frames: (batch,) int, the valid frames after the *first* convolution, or None where there is no padding. The
-        frames that are valid after any later one depend on no others. The gate is None where there are no gates.
-        """
-        gates = [gate() for gate in self.gates] if self.gates else [None] * len(self.convolutions)
-        first, *later = self.convolutions
-        x = F.gelu(first(waveforms, frames, statistics))
-        for convolution, gate in zip(later, gates):  # each with the gate of the one before it, whose channels it reads
-            x = F.gelu(convolution(x) if gate is None else gated(convolution, x, gate))
-        return x.transpose(1, 2).contiguous(), gates[-1]
+        self.convolutions, self.gates = nn.ModuleList(), None
 
     def add_gates(self):
         self.gates = nn.ModuleList(HardConcrete(len(convolution.weight)) for convolution in self.convolutions)
 
     def slice(self):
-        """Remove the shut channels, in place; in evaluation mode, where gates are not sampled.
+        """Remove the shut channels, in place; in evaluation mode. Returns the last layer's gate values (channels,)."""
+        values = self.gates[-1]()
+        for gate, convolution, reader in zip(self.gates, self.convolutions, [*self.convolutions[1:], None]):
+            cut(gate, [convolution], reader)
+        self.gates = None
+        return values
 
-        Returns the last layer's kept channels (indices), and its gate.
+    def pieces(self, waveform, length):
+        """A context in which pieces of this waveform (1, samples) have the features that they have in the whole.
+
+        length: samples, of the parts that may be in memory at once.
         """
-        kept = scale = None
-        for convolution, gate in zip(self.convolutions, self.gates):
-            if kept is not None:
-                keep_columns(convolution, kept, scale)
-            kept = gate.kept()
-            scale = gate()[kept]
-            keep_rows(convolution, kept)
-        last, self.gates = self.gates[-1](), None
-        return kept, last
+        return contextlib.nullcontext()
+
+
+class GroupNormFrontend(Frontend):
+    """The seven convolutions of base, each with GELU."""
+
+    def __init__(self, shape):
+        super().__init__()
+        channels, kernels, strides = shape.channels, shape.kernels, shape.strides
+        self.convolutions.append(FirstConvolution(channels[0], kernels[0], strides[0]))
+        for sizes in zip(channels, channels[1:], kernels[1:], strides[1:]):
+            self.convolutions.append(nn.Conv1d(*sizes, bias=False))
+            nn.init.kaiming_normal_(self.convolutions[-1].weight)
+
+    def forward(self, waveforms, frames=None):
+        """waveforms: (batch, samples) -> features (batch, frames, channels).
+
+        frames: (batch,) int, the valid frames after the *first* convolution, or None where there is no padding. The
+        frames that are valid after any later one depend on no others.
+        """
+        first, *later = self.convolutions
+        x = gated(F.gelu(first(waveforms, frames)), self.gates, 0)
+        for layer, convolution in enumerate(later, 1):
+            x = gated(F.gelu(convolution(x)), self.gates, layer)
+        return x.transpose(1, 2).contiguous()
+
+    @contextlib.contextmanager
+    def pieces(self, waveform, length):
+        """As Frontend's: the GroupNorm has the moments of the whole."""
+        first = self.convolutions[0]
+        first.moments = first.moments_of_long(waveform, length)
+        try:
+            yield
+        finally:
+            first.moments = None
+
+
+def gated(x, gates, layer):
+    """x (batch, channels, frames) times the gates of a layer, if there are gates."""
+    return x if gates is None else x * gates[layer]()[:, None].type_as(x)
 
 
 class ChannelNorm(nn.Module):
@@ -181,6 +199,38 @@ class ChannelNorm(nn.Module):
         return centred * rstd * self.weight + self.bias, mean * rstd
 
 
+class LayerNormFrontend(Frontend):
+    """The seven convolutions of large models, each with LayerNorm over its channels and GELU."""
+
+    def __init__(self, shape, totals):
+        """totals: the channels of the dense model."""
+        super().__init__()
+        self.norms = nn.ModuleList()
+        for *sizes, total in zip((1, *shape.channels), shape.channels, shape.kernels, shape.strides, totals):
+            self.convolutions.append(nn.Conv1d(*sizes, bias=shape.conv_bias))
+            nn.init.kaiming_normal_(self.convolutions[-1].weight)
+            self.norms.append(ChannelNorm(sizes[1], total))
+
+    def forward(self, waveforms, frames=None):
+        """As GroupNormFrontend's. A frame's norm depends on no other frame, so `frames` are not needed."""
+        x = waveforms[:, None]
+        for convolution, norm, gate in zip(self.convolutions, self.norms, self.gates or [None] * len(self.norms)):
+            x = convolution(x).transpose(1, 2)
+            z = None if gate is None else gate().type_as(x)
+            x, _ = norm(x if z is None else x * z)
+            x = F.gelu(x) if z is None else F.gelu(x) * z
+            x = x.transpose(1, 2)
+        return x.transpose(1, 2).contiguous()
+
+    def slice(self):
+        """As Frontend's. The convolution takes over the gate that acts before its LayerNorm."""
+        for convolution, norm, gate in zip(self.convolutions, self.norms, self.gates):
+            for parameter in convolution.parameters():
+                parameter.data = parameter * gate().view(-1, *[1] * (parameter.dim() - 1))
+            cut(gate, [norm])
+        return super().slice()
+
+
 class Projection(nn.Module):
     """LayerNorm over the channels, then the map to the model's width, dropout, and masks over time and over features.
 
@@ -198,9 +248,9 @@ class Projection(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.time_mask = self.channel_mask = 0.0
 
-    def forward(self, x, frames, gate=None):
-        """x: (batch, frames, channels), frames: (batch,) int, gate: (channels,) or None -> (batch, frames, width)."""
-        y, scaled_mean = self.norm(x * (self.scale if gate is None else self.scale * gate))
+    def forward(self, x, frames):
+        """x: (batch, frames, channels), frames: (batch,) int -> (batch, frames, width)."""
+        y, scaled_mean = self.norm(x * self.scale)
         x = self.dropout(self.linear(y) - scaled_mean * self.shut)
         if self.training and self.time_mask:
             starts = torch.rand(x.shape[:2], device=x.device) < self.time_mask / TIME_SPAN
@@ -213,15 +263,16 @@ class Projection(nn.Module):
             x = x.masked_fill(spans(starts, length)[:, None], 0)
         return x
 
-    def slice(self, kept, gate):
-        """Keep only these input channels (indices), in place; gate: (channels,) of all."""
-        is_shut = torch.ones_like(gate, dtype=torch.bool).index_fill(0, kept, False)
+    def slice(self, gate):
+        """Keep only the input channels whose gate value is not 0, in place. gate: (channels,)."""
+        is_shut = gate == 0
         weight = self.linear.weight[:, is_shut]
         self.shut = self.shut + weight @ self.norm.weight[is_shut]
         self.linear.bias = nn.Parameter(self.linear.bias + weight @ self.norm.bias[is_shut])
-        keep_rows(self.norm, kept)
-        keep_columns(self.linear, kept)
-        self.scale = self.scale[kept] * gate[kept]
+        self.linear.weight = nn.Parameter(self.linear.weight[:, ~is_shut])
+        self.linear.in_features = self.linear.weight.shape[1]
+        self.norm.weight, self.norm.bias = (nn.Parameter(p[~is_shut]) for p in (self.norm.weight, self.norm.bias))
+        self.scale = (self.scale * gate)[~is_shut]
 
 
 def spans(starts, length):

@@ -989,8 +989,8 @@ def introduce(run):
     whole = cost(run.start, SAMPLES)
     whose = "the dense model's" if run.start == run.model.encoder.dense else "the already pruned checkpoint's"
     for constraint in METHODS[options.method] if options.budget < 1 else ():
-        size = f"{constraint.measure(whole):,} {constraint.name}"
-        log.info("budget   %g of %s %s (method %s)", options.budget, whose, size, options.method)
+        costs = f"{constraint.measure(whole):,} {constraint.name}"
+        log.info("budget   %g of %s %s (method %s)", options.budget, whose, costs, options.method)
     updates, every = [getattr(options, f"{phase}_updates") for phase in PHASES], options.evaluate_updates
     evaluations = sum(n // (every or max(1, n // 20)) for n in updates) if every != 0 else 0
     audio = 3 * sum(updates) * options.batch_seconds * options.accumulate  # the backward takes two forwards' time

@@ -30,7 +30,7 @@ from torch import nn
 
 import data
 from flops import BASE, SAMPLE_RATE, SAMPLES, Shape, UserError
-from frontend import Frontend, Projection, gated, keep_columns, keep_rows, valid
+from frontend import GroupNormFrontend, LayerNormFrontend, Projection, cut, valid
 from gates import HardConcrete
 
 log = logging.getLogger("sslprune")
@@ -97,22 +97,66 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).flatten(2)
-        if self.gate is None:
-            return self.output(y)
-        return gated(self.output, y, self.gate().repeat_interleave(self.head_width))
+        if self.gate is not None:
+            y = y * self.gate()[:, None, None].type_as(y)
+        return self.output(y.transpose(1, 2).flatten(2))
 
     def slice(self):
         """Remove the shut heads, in place."""
-        kept = self.gate.kept()
-        features = (kept[:, None] * self.head_width + torch.arange(self.head_width, device=kept.device)).flatten()
-        for layer in (self.query, self.key, self.value):
-            keep_rows(layer, features)
-        keep_columns(self.output, features, self.gate()[kept].repeat_interleave(self.head_width))
-        self.heads, self.gate = len(kept), None
+        features = cut(self.gate, (self.query, self.key, self.value), self.output, self.head_width)
+        self.heads, self.gate = len(features) // self.head_width, None
         if not self.heads:
             self.query = self.key = self.value = None
             self.output = Bias(self.output.bias)
+
+
+class RelativePosition(nn.Module):
+    """WavLM's table of relative positions (Chen et al. 2021, arXiv 2110.13900), in T5's buckets of distances."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.table = nn.Embedding(shape.buckets, shape.width // shape.head_width)
+        self.max_distance = shape.max_distance
+
+    def forward(self, frames):
+        """frames: int -> (heads of the dense model, frames, frames), for each query and each key."""
+        place = torch.arange(frames, device=self.table.weight.device)
+        offset = place - place[:, None]
+        distance, half = offset.abs(), self.table.num_embeddings // 2  # half of the buckets are for keys to come
+        near = half // 2  # distances with a bucket each; the others share buckets of growing width
+        far = torch.log(distance.clamp(min=near) / near) / math.log(self.max_distance / near) * (half - near)
+        bucket = torch.where(distance < near, distance, (near + far.long()).clamp(max=half - 1))
+        return self.table(bucket + half * (offset > 0)).permute(2, 0, 1)
+
+
+class RelativeAttention(Attention):
+    """WavLM's attention: the scores of head h get gate(query) table[bucket(key - query), h], with
+
+        (a, b) = sigmoid(two sums of four features of G x_h),  gate = a (b c_h - 1) + 2
+
+    where x_h is the part of the layer's input at the head's place. A sliced layer remembers the places of its heads.
+    """
+
+    def __init__(self, width, heads, head_width, dropout):
+        super().__init__(width, heads, head_width, dropout)
+        self.position_linear, self.position_scale = nn.Linear(head_width, 8), nn.Parameter(torch.ones(heads))
+        self.register_buffer("places", torch.arange(heads))
+
+    def forward(self, x, mask, table):
+        """x, mask: as Attention's. table: what RelativePosition returns."""
+        if not self.heads:
+            return super().forward(x)
+        parts = x.unflatten(2, (-1, self.head_width))[:, :, self.places]
+        a, b = self.position_linear(parts).unflatten(3, (2, 4)).sum(4).sigmoid().transpose(1, 2).unbind(3)
+        gate = a * (b * self.position_scale[:, None] - 1) + 2  # (batch, heads, frames)
+        bias = gate[..., None] * table[self.places]
+        return super().forward(x, bias if mask is None else bias.masked_fill(~mask, -math.inf))
+
+    def slice(self):
+        """As Attention's."""
+        kept = self.gate.kept()
+        super().slice()
+        self.position_scale, self.places = nn.Parameter(self.position_scale[kept]), self.places[kept]
 
 
 class FeedForward(nn.Module):
@@ -130,33 +174,37 @@ class FeedForward(nn.Module):
         if not self.units:
             return self.output(x)
         y = self.dropout(F.gelu(self.input(x)))
-        return self.output(y) if self.gate is None else gated(self.output, y, self.gate())
+        return self.output(y if self.gate is None else y * self.gate().type_as(y))
 
     def slice(self):
         """Remove the shut units, in place."""
-        kept = self.gate.kept()
-        keep_rows(self.input, kept)
-        keep_columns(self.output, kept, self.gate()[kept])
-        self.units, self.gate = len(kept), None
+        self.units, self.gate = len(cut(self.gate, [self.input], self.output)), None
         if not self.units:
             self.input, self.output = None, Bias(self.output.bias)
 
 
 class Layer(nn.Module):
-    """One post-norm Transformer block."""
+    """One post-norm Transformer block. attention: an Attention, or another module that takes and returns the same."""
 
-    def __init__(self, width, heads, head_width, units, dropout):
+    def __init__(self, attention, width, units, dropout):
         super().__init__()
-        self.attention = Attention(width, heads, head_width, dropout)
-        self.attention_norm = nn.LayerNorm(width)
-        self.ffn = FeedForward(width, units, dropout)
-        self.ffn_norm = nn.LayerNorm(width)
+        self.attention, self.attention_norm = attention, nn.LayerNorm(width)
+        self.ffn, self.ffn_norm = FeedForward(width, units, dropout), nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None):
-        """x and mask as for Attention -> (batch, frames, width)."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
+    def forward(self, x, *mask):
+        """x: (batch, frames, width) -> the same. mask: what the attention takes beside x."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, *mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
+
+
+class PreNormLayer(Layer):
+    """One pre-norm Transformer block."""
+
+    def forward(self, x, *mask):
+        """As Layer's."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), *mask))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class Wav2Vec2(nn.Module):
@@ -169,43 +217,48 @@ class Wav2Vec2(nn.Module):
         super().__init__()
         self.tensor_shape = shape  # of the tensors; `shape` is without what the gates shut
         self.dense = dense or shape  # the shape before any slicing
-        self.frontend = Frontend(shape)
+        self.frontend = LayerNormFrontend(shape, self.dense.channels) if shape.layer_norms else GroupNormFrontend(shape)
         self.projection = Projection(shape.channels[-1], shape.width, self.dense.channels[-1], dropout)
         self.position = Position(shape.width, shape.position_kernel, shape.position_groups)
         self.norm = nn.LayerNorm(shape.width)
         self.dropout = nn.Dropout(dropout)
+        block, attention = PreNormLayer if shape.pre_norm else Layer, RelativeAttention if shape.buckets else Attention
+        self.relative = RelativePosition(shape) if shape.buckets else None
         self.layers = nn.ModuleList()
         for heads, units in zip(shape.heads, shape.units):
-            self.layers.append(Layer(shape.width, heads, shape.head_width, units, dropout))
+            attends = attention(shape.width, heads, shape.head_width, dropout)
+            self.layers.append(block(attends, shape.width, units, dropout))
         self.layer_drop = 0.0
 
-    def forward(self, waveforms, lengths=None, statistics=None):
+    def forward(self, waveforms, lengths=None):
         """Features of a batch of utterances, each the same alone and padded.
 
         waveforms: (batch, samples) float32, 16 kHz, each of zero mean and unit variance over its own samples.
         lengths: (batch,) int, the samples of each utterance; what is beyond is not read. None: all are full length.
-        statistics: of the first GroupNorm, where the waveforms are pieces of longer ones; None: the waveforms' own.
         Returns features (batch, frames, width), zero beyond each utterance's frames, and frames (batch,) int64.
         Raises ValueError where an utterance is too short to make a frame, or the arguments have other shapes.
         """
         if not torch.jit.is_tracing() and not torch.compiler.is_compiling():  # a trace cannot depend on values
             lengths = self.checked(waveforms, lengths)
         if lengths is None:
-            x, gate = self.frontend(waveforms, None, statistics)
-            # Counted, since a number from x.shape would be a constant of a trace.
-            frames, mask = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1), None
+            x, mask = self.frontend(waveforms), None
+            frames = x.new_ones(x.shape[:2], dtype=torch.int64).sum(1)  # x.shape would be a constant of a trace
         else:
             waveforms = waveforms.masked_fill(~valid(lengths, waveforms.shape[1]), 0)  # no NaN may reach gradients
             after_first, *_, frames = self.tensor_shape.frames(lengths)
-            x, gate = self.frontend(waveforms, after_first, statistics)
+            x = self.frontend(waveforms, after_first)
             mask = valid(frames, x.shape[1])
-        x = zero_beyond(mask, self.projection(x, frames, gate))
-        x = self.dropout(self.norm(x + self.position(x)))
+        x, pre_norm = zero_beyond(mask, self.projection(x, frames)), self.tensor_shape.pre_norm
+        x = x + self.position(x)
+        x = self.dropout(x if pre_norm else self.norm(x))
+        masks = [None if mask is None else mask[:, None, None]]
+        if self.relative is not None:
+            masks.append(self.relative(x.shape[1]))
         for layer in self.layers:
             if self.training and self.layer_drop and torch.rand(()) < self.layer_drop:
                 continue
-            x = layer(x, None if mask is None else mask[:, None, None])
-        return zero_beyond(mask, x), frames
+            x = layer(x, *masks)
+        return zero_beyond(mask, self.norm(x) if pre_norm else x), frames
 
     def checked(self, waveforms, lengths):
         """`lengths` on the device of the waveforms, or None where no utterance is padded. Raises as `forward` says."""
@@ -250,7 +303,7 @@ class Wav2Vec2(nn.Module):
         sliced = copy.deepcopy(self).eval()
         sliced.tensor_shape = self.shape
         if sliced.frontend.gates:
-            sliced.projection.slice(*sliced.frontend.slice())
+            sliced.projection.slice(sliced.frontend.slice())
         for layer in sliced.layers:
             for part in (layer.attention, layer.ffn):
                 if part.gate is not None:
@@ -277,10 +330,10 @@ class SpeechModel(nn.Module):
         self.head = nn.Linear(encoder.tensor_shape.width, len(labels))
         self.dtype = torch.float32  # of the computation; weights, gates and losses are float32 in any case
 
-    def forward(self, waveforms, lengths=None, statistics=None):
+    def forward(self, waveforms, lengths=None):
         """Scores (batch, frames, labels) for asr, (batch, labels) for slu; and frames (batch,). See Wav2Vec2."""
         with precision(self.dtype, waveforms.device):
-            features, frames = self.encoder(waveforms, lengths, statistics)
+            features, frames = self.encoder(waveforms, lengths)
             if self.task == "slu":
                 features = features.sum(1) / frames[:, None]  # features are 0 beyond the valid frames
             return self.head(features), frames
@@ -324,22 +377,21 @@ class SpeechModel(nn.Module):
         return [data.decode(outputs[:n], self.labels) for outputs, n in zip(best, frames.tolist())]
 
     def _transcribe_long(self, waveform):
-        """The transcript or intent of (1, samples), from pieces whose GroupNorm has the statistics of the whole."""
+        """The transcript or intent of (1, samples), from overlapping pieces."""
         shape, started, found = self.encoder.tensor_shape, time.monotonic(), []
         hop, total = math.prod(shape.strides), shape.frames(waveform.shape[1])[-1]
         length, overlap = (seconds * SAMPLE_RATE // hop for seconds in (PIECE_SECONDS, OVERLAP_SECONDS))
-        statistics = self.encoder.frontend.convolutions[0].statistics_of_long(waveform, PIECE_SECONDS * SAMPLE_RATE)
-        for first in range(0, max(1, total - overlap), length - overlap):
-            last = min(first + length, total)
-            piece = waveform[:, first * hop : (last - 1) * hop + shape.receptive_field]
-            scores = self(piece, None, statistics)[0][0]
-            if self.task == "slu":
-                found.append(scores * (last - first))
-            else:  # half of each overlap
-                found.append(scores[overlap // 2 * (first > 0) : len(scores) - overlap // 2 * (last < total)])
-            if time.monotonic() - started > 10:
-                started = time.monotonic()
-                log.info("recognised %d of %d s", last * hop // SAMPLE_RATE, total * hop // SAMPLE_RATE)
+        with self.encoder.frontend.pieces(waveform, PIECE_SECONDS * SAMPLE_RATE):
+            for first in range(0, max(1, total - overlap), length - overlap):
+                last = min(first + length, total)
+                scores = self(waveform[:, first * hop : (last - 1) * hop + shape.receptive_field])[0][0]
+                if self.task == "slu":
+                    found.append(scores * (last - first))
+                else:  # half of each overlap
+                    found.append(scores[overlap // 2 * (first > 0) : len(scores) - overlap // 2 * (last < total)])
+                if time.monotonic() - started > 10:
+                    started = time.monotonic()
+                    log.info("recognised %d of %d s", last * hop // SAMPLE_RATE, total * hop // SAMPLE_RATE)
         if self.task == "slu":
             return self.labels[sum(found).argmax().item()]
         return data.decode(torch.cat(found).argmax(-1).cpu(), self.labels)

@@ -313,13 +313,13 @@ def test_a_sliced_projection_is_layer_norm_over_all_channels_of_the_dense_model(
             expected = projection.linear(F.layer_norm(x * gate, (8,), norm.weight, norm.bias))
             sliced = copy.deepcopy(projection)
             kept = gate.nonzero().flatten()
-            sliced.slice(kept, gate)
+            sliced.slice(gate)
             found = sliced(x[..., kept], frames=None)
             assert (found - expected).abs().max() < 1e-14
             second = torch.ones(len(kept)).double()
             second[kept.tolist().index(shut_next)] = 0
             gate[shut_next] = 0
-            sliced.slice(second.nonzero().flatten(), second)
+            sliced.slice(second)
             found = sliced(x[..., gate.nonzero().flatten()], frames=None)
             expected = projection.linear(F.layer_norm(x * gate, (8,), norm.weight, norm.bias))
             assert (found - expected).abs().max() < 1e-14
@@ -340,7 +340,7 @@ def test_the_gradient_of_the_last_convolutions_gates_is_that_of_the_expected_los
 
     def expected_loss(log_alpha):
         z = gate._stretched((noise + log_alpha) / gate.beta)
-        return (projection(x.expand(draws, 3, 6), None, z[:, None]) - target).square().mean()
+        return (projection(x.expand(draws, 3, 6) * z[:, None], None) - target).square().mean()
 
     (gradient,) = torch.autograd.grad(expected_loss(gate.log_alpha), gate.log_alpha)
     for i in range(6):

@@ -196,7 +196,7 @@ def test_added_outputs_change_nothing_of_the_others():
 
 def test_a_long_recording_has_the_intent_of_most_of_it():
     class Model(sslprune.SpeechModel):
-        def forward(self, waveforms, lengths=None, statistics=None):
+        def forward(self, waveforms, lengths=None):
             return torch.tensor([[1.0, 0.0] if waveforms.shape[1] > 900_000 else [0.0, 2.0]]), None
 
     assert Model(tiny(), "slu", ["first", "rest"]).transcribe(torch.randn(1, 70 * 16_000)) == ["first"]
@@ -280,7 +280,7 @@ def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, 
     first = model.encoder.frontend.convolutions[0]
     with torch.no_grad():
         patches = whole.unfold(1, 10, 5).transpose(1, 2)
-        for found, expected in zip(first.statistics_of_long(whole, 100_000), first.statistics(patches, None)):
+        for found, expected in zip(first.moments_of_long(whole, 100_000), first.moments_of(patches, None)):
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
         scores = model(whole)[0]
     model.register_forward_hook(lambda module, inputs, _: longest.append(inputs[0].shape[1]))
