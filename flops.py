@@ -34,8 +34,9 @@ class Shape:
     width, head_width: features of the residual stream, and of one attention head.
     heads, units: attention heads and feed-forward units of each Transformer layer; both may be 0.
     position_kernel, position_groups: the positional convolution's.
-    layer_norms, conv_bias: whether each convolution has a LayerNorm behind it (else the first has a GroupNorm), a bias.
-    pre_norm: whether LayerNorms stand before attention and feed-forward, and the encoder's behind its layers.
+    layer_norms: whether LayerNorms stand behind each convolution and before each attention and feed-forward, as in the
+    large models. In base, they stand behind attention and feed-forward, and a GroupNorm behind the first convolution.
+    conv_bias: whether the convolutions of a large model have biases.
     buckets, max_distance: of WavLM's relative positions; 0 where there are none.
     """
 
@@ -50,7 +51,6 @@ class Shape:
     position_groups: int
     layer_norms: bool = False
     conv_bias: bool = False
-    pre_norm: bool = False
     buckets: int = 0
     max_distance: int = 0
 
@@ -92,8 +92,9 @@ class Shape:
         convolutions, layers = (shape.channels, shape.kernels, shape.strides), (shape.heads, shape.units)
         positive = [shape.width, shape.head_width, shape.position_kernel, shape.position_groups, *sum(convolutions, ())]
         numbers = [*positive, *sum(layers, ()), shape.buckets, shape.max_distance]
-        if not all(type(truth) is bool for truth in (shape.layer_norms, shape.conv_bias, shape.pre_norm)):
-            raise ValueError("layer_norms, conv_bias or pre_norm is neither true nor false")
+        truths = shape.layer_norms, shape.conv_bias
+        if not all(type(truth) is bool for truth in truths) or truths == (False, True):
+            raise ValueError("layer_norms and conv_bias do not fit together")
         if shape.buckets and (shape.buckets % 4 or shape.max_distance <= shape.buckets // 4):
             raise ValueError("its buckets of relative positions do not fit together")
         if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all(positive):

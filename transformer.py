@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import pickletools
@@ -222,7 +223,8 @@ class Wav2Vec2(nn.Module):
         self.position = Position(shape.width, shape.position_kernel, shape.position_groups)
         self.norm = nn.LayerNorm(shape.width)
         self.dropout = nn.Dropout(dropout)
-        block, attention = PreNormLayer if shape.pre_norm else Layer, RelativeAttention if shape.buckets else Attention
+        block = PreNormLayer if shape.layer_norms else Layer
+        attention = RelativeAttention if shape.buckets else Attention
         self.relative = RelativePosition(shape) if shape.buckets else None
         self.layers = nn.ModuleList()
         for heads, units in zip(shape.heads, shape.units):
@@ -248,7 +250,7 @@ class Wav2Vec2(nn.Module):
             after_first, *_, frames = self.tensor_shape.frames(lengths)
             x = self.frontend(waveforms, after_first)
             mask = valid(frames, x.shape[1])
-        x, pre_norm = zero_beyond(mask, self.projection(x, frames)), self.tensor_shape.pre_norm
+        x, pre_norm = zero_beyond(mask, self.projection(x, frames)), self.tensor_shape.layer_norms
         x = x + self.position(x)
         x = self.dropout(x if pre_norm else self.norm(x))
         masks = [None if mask is None else mask[:, None, None]]
@@ -479,7 +481,7 @@ def check_precision(model):
         )
 
 
-# --- Checkpoints ---------------------------------------------------------------------------------------------------
+# --- Other people's checkpoints ------------------------------------------------------------------------------------
 #
 # read_checkpoint: a file, or several -> what they hold (nothing of it is executed) -> where in it an encoder is,
 # whatever wraps it -> tensors in our names, and the shape -> Checkpoint
@@ -511,7 +513,6 @@ class Checkpoint:
         if self.task is None:
             what = "give a model.pt that sslprune wrote, or a CTC model with the vocab.json of its head beside it"
             raise UserError(f"{self.path}: holds no head for a task; {what}")
-
         if raw_text and self.raw_text is False:
             raise UserError(f"{self.path}: was trained on normalised transcripts; leave out --raw-text")
         labels, raw_text = self.labels, bool(raw_text or self.raw_text)
@@ -540,25 +541,28 @@ class Checkpoint:
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         sizes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
         wrong = [key for key in expected if key in sizes and sizes[key] != expected[key]]
+        heads = self.shape.width // self.shape.head_width
+        places = {key: [-1, *w.tolist(), heads] for key, w in weights.items() if key.endswith(".places") and w.dim()}
         problems = {
             "lacks": [key for key in expected if key not in sizes],
             "has a wrong size for": [f"{key} {sizes[key]} instead of {expected[key]}" for key in wrong],
             "has no place for": [key for key in sizes if key not in expected],
             "has values that are not finite in": [key for key in weights if not weights[key].isfinite().all()],
+            "has impossible values in": [key for key, row in places.items() if any(map(operator.ge, row, row[1:]))],
         }
         for what, keys in problems.items():
             if keys:
-                raise UserError(f"{self.path}: {what} {_shown(keys)}")
+                raise UserError(f"{self.path}: {what} {shown(keys)}")
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
 
 def load_pretrained(path):
-    """An encoder in evaluation mode from a checkpoint: Hugging Face, fairseq, torchaudio, or a model.pt of ours.
+    """An encoder in evaluation mode from a checkpoint: Hugging Face, fairseq, unilm, torchaudio, or a model.pt of ours.
 
     path: the file, or a folder that holds one. Weights become float32. What the encoder has no use for, such as a task
     head or a quantizer, is named in the log and left out.
-    Raises UserError where the file holds no wav2vec2-base-like model, OSError where it cannot be read.
+    Raises UserError where the file holds no model of the wav2vec2 family, OSError where it cannot be read.
     """
     return read_checkpoint(path).encoder()
 
@@ -571,7 +575,16 @@ def load(path):
 def read_checkpoint(path):
     """The Checkpoint in a file, or in a folder that holds one."""
     path = find_checkpoint(Path(path))
-    contents = read_shards(path) if path.name.endswith(".index.json") else read_file(path)
+    if path.name.endswith(".index.json"):
+        files, contents = read_json(path).get("weight_map"), {}
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise UserError(f"{path}: is no index of a checkpoint's files")
+        for name in sorted({Path(name).name for name in files.values()}):
+            if not path.with_name(name).is_file():
+                raise UserError(f"{path}: names {name}, which is not there")
+            contents |= read_file(path.with_name(name))
+    else:
+        contents = read_file(path)
     return read_ours(contents, path) if contents.get("format") == "sslprune" else read_public(contents, path)
 
 
@@ -583,34 +596,24 @@ def find_checkpoint(path):
         raise UserError(f"{path}: there is no such file or folder; models of a hub are not fetched, give them as files")
     names = ["model.safetensors", "pytorch_model.bin", "model.pt"]
     names += [f"{name}.index.json" for name in names]
-    found = [path / name for name in names if (path / name).is_file()]
+    known = [path / name for name in names if (path / name).is_file()]
     others = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
-    if not found and len(others) != 1:
+    if not known and [file.stem for file in others] == ["adapter_model"]:
+        raise UserError(f"{path}: holds an adapter alone; merge it into its model, and give that")
+    if not known and len(others) != 1:
         raise UserError(f"{path}: holds none of {', '.join(names)}; give the file itself")
-    return (found or others)[0]
-
-
-def read_shards(index):
-    """The tensors of all files that an index names."""
-    contents, files = {}, read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise UserError(f"{index}: is no index of a checkpoint's files")
-    for name in sorted({Path(name).name for name in files.values()}):
-        if not index.with_name(name).is_file():
-            raise UserError(f"{index}: names {name}, which is not there")
-        contents |= read_file(index.with_name(name))
-    return contents
+    return (known or others)[0]
 
 
 def read_json(path):
     """The dictionary in a JSON file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds a {type(found).__name__}, not a dictionary")
-    return found
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary")
+    return contents
 
 
 def read_file(path):
@@ -622,13 +625,10 @@ def read_file(path):
     return read_safetensors(path) if start[8:9] == b"{" else read_pickle(path)
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def read_safetensors(path):
     """name -> tensor. The layout: 8 bytes of header length, a JSON header, the tensors' bytes."""
-    tensors, used = {}, 0
-    raw = bytearray(Path(path).stat().st_size)
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors, used, raw = {}, 0, bytearray(path.stat().st_size)
     with open(path, "rb") as file:
         file.readinto(raw)
     try:
@@ -637,30 +637,30 @@ def read_safetensors(path):
         header.pop("__metadata__", None)
         for name, entry in header.items():
             dtype, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if dtype not in SAFETENSORS_DTYPES:
+            if dtype not in dtypes:
                 sizes = [end - begin]  # bytes, for `numbers` to refuse if the encoder needs it
-            dtype = SAFETENSORS_DTYPES.get(dtype, torch.uint8)
+            dtype = dtypes.get(dtype, torch.uint8)
             count = torch.empty(sizes, device="meta").numel()
             if not 0 <= begin <= end <= len(raw) - start or end - begin != count * dtype.itemsize:
-                raise ValueError(f"{_shown([name])} lies outside of the file")
+                raise ValueError(f"{shown([name])} lies outside of the file")
             used += end - begin
             if used > len(raw) - start:
-                raise ValueError(f"{_shown([name])} lies where another tensor is")
+                raise ValueError(f"{shown([name])} lies where another tensor is")
             tensor = torch.frombuffer(raw, dtype=dtype, count=count, offset=start + begin) if count else torch.empty(0)
             tensors[name] = tensor.view(sizes)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise UserError(f"{path}: is damaged, or not a safetensors file ({_shown([error])})") from error
+        raise UserError(f"{path}: is damaged, or not a safetensors file ({shown([error])})") from error
     return tensors
 
 
 class Inert:
     """Stands for an object of any class but torch's own, or what a function made: it keeps what it was given."""
 
-    plain, arguments, state = None, (), None  # plain: the list or dictionary that torch's loader wants to fill instead
+    builtin, arguments, state = None, (), None  # builtin: list or dict, where torch's loader wants to fill one
 
     def __new__(cls, *arguments):
-        if cls.plain:
-            return cls.plain()
+        if cls.builtin:
+            return cls.builtin()
         stand_in = super().__new__(cls)
         stand_in.arguments = arguments
         return stand_in
@@ -671,25 +671,29 @@ class Inert:
 
 def read_pickle(path):
     """The dictionary in a file of torch.save, where an Inert stands for whatever is neither a tensor nor plain."""
-    size, filled = Path(path).stat().st_size, {}
+    size, filled = path.stat().st_size, {}
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(record.file_size for record in archive.infolist())
             if unpacked > size:  # torch.save does not compress
                 raise UserError(f"{path}: claims {unpacked} bytes in a file of {size}; torch.save writes no such file")
-        names = foreign_names(path)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        else:
+            with open(path, "rb") as file:  # before torch 1.6: a magic number, a version, the machine, the contents
+                operations = [operation for _ in range(4) for operation in pickletools.genops(file)]
+            names = {name.replace(" ", ".") for operation, name, _ in operations if operation.name == "GLOBAL"}
         while True:  # once more for each class whose objects turn out to be filled as lists or dictionaries are
-            stand_ins = [(type(name, (Inert,), {"plain": filled.get(name)}), name) for name in names]
+            stand_ins = [(type(name, (Inert,), {"builtin": filled.get(name)}), name) for name in names]
             try:
                 with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
                     contents = torch.load(path, map_location="cpu", weights_only=True)
                 break
             except pickle.UnpicklingError as error:
-                found = re.search(rf"Can only (\w+) .* but got <class '{__name__}\.(.+?)'>", str(error))
-                if not found or found[2] in filled:
+                wanted = re.search(rf"Can only (\w+) .* but got <class '{__name__}\.(.+?)'>", str(error))
+                if not wanted or wanted[2] in filled:
                     raise
-                filled[found[2]] = list if found[1] in ("append", "extend") else collections.OrderedDict
+                filled[wanted[2]] = list if wanted[1] in ("append", "extend") else collections.OrderedDict
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
@@ -701,29 +705,22 @@ def read_pickle(path):
     return contents
 
 
-def foreign_names(path):
-    """What a file of torch.save names beyond torch's own, as "module.name": classes and functions."""
-    if zipfile.is_zipfile(path):
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with open(path, "rb") as file:  # before torch 1.6: a magic number, a version and the machine, then the contents
-        operations = [operation for _ in range(4) for operation in pickletools.genops(file)]
-    return {name.replace(" ", ".") for operation, name, _ in operations if operation.name == "GLOBAL"}
-
-
 def numbers(key, tensor, path):
     """A tensor of a file as float32; no other than dense floating-point numbers that are really there will do."""
-    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or tensor.is_complex() or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise UserError(f"{path}: {_shown([key])} is not a dense tensor of numbers that the file holds")
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
-        raise UserError(f"{path}: {_shown([key])} is not of floats of 16 bits or more; no quantized model is read")
+    is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not is_dense or tensor.is_complex() or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        raise UserError(f"{path}: {shown([key])} is not a dense tensor of numbers that the file holds")
+    if key.endswith(".places"):
+        return tensor if tensor.dtype == torch.int64 else torch.full_like(tensor, -1)  # which is refused as impossible
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise UserError(f"{path}: {shown([key])} is not of floats of 16 bits or more; no quantized model is read")
     return tensor.float()
 
 
-def _shown(keys):
+def shown(keys):
     """The first of some keys, for an error: they come from a file, and may be anything."""
-    shown = ", ".join("".join(c if c.isprintable() else "?" for c in str(key))[:80] for key in keys[:4])
-    return shown + (" and more" if len(keys) > 4 else "")
+    texts = ["".join(c if c.isprintable() else "?" for c in str(key))[:80] for key in keys[:4]]
+    return ", ".join(texts) + (" and more" if len(keys) > 4 else "")
 
 
 def read_ours(contents, path):
@@ -737,8 +734,8 @@ def read_ours(contents, path):
                 raise ValueError(f"its {name} are not some of the dense model's")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is not a complete model.pt ({error})") from error
-    weights = {str(key): numbers(key, tensor, path) for key, tensor in weights.items()}
-    if "task" not in contents:
+    weights = {str(key): numbers(str(key), tensor, path) for key, tensor in weights.items()}
+    if "task" not in contents:  # an encoder alone
         return Checkpoint(path, shape, dense, weights)
     task, labels = contents["task"], contents.get("labels")
     named = isinstance(labels, list) and labels and all(isinstance(name, str) and data.is_name(name) for name in labels)
@@ -747,16 +744,17 @@ def read_ours(contents, path):
     return Checkpoint(path, shape, dense, weights, task, labels, contents.get("raw_text") is True)
 
 
-# From the key names of transformers, torchaudio and fairseq to ours. The three do not contradict each other.
+# From the key names of transformers, torchaudio, fairseq, unilm and s3prl to ours. They do not contradict each other.
 FRONTEND = r"feature_extractor\.conv_layers\."
 PROJECTION = r"(?:(?:encoder\.)?feature_projection\.)?"
 ENCODER = r"encoder\.(?:transformer\.)?"
 POSITION = ENCODER + r"pos_conv(?:_embed\.conv|\.0)\."
 LAYER = ENCODER + r"layers\.(\d+)\."
+ATTENTION = LAYER + r"(?:attention|self_attn)\.(?:attention\.)?"
 KEYS = [
-    (FRONTEND + r"(\d+)\.(?:conv|0)\.weight", r"frontend.convolutions.\1.weight"),
+    (FRONTEND + r"(\d+)\.(?:conv|0)\.(weight|bias)", r"frontend.convolutions.\1.\2"),
+    (FRONTEND + r"(\d+)\.(?:layer_norm|2|2\.1)\.(weight|bias)", r"frontend.norms.\1.\2"),
     (r"feature_extractor\.dummy_weight", r"projection.scale"),  # DPHuBERT's gates of the last convolution
-    (FRONTEND + r"0\.(?:layer_norm|2)\.(weight|bias)", r"frontend.convolutions.0.norm_\1"),
     (PROJECTION + r"layer_norm\.(weight|bias)", r"projection.norm.\1"),
     (PROJECTION + r"(?:projection|post_extract_proj)\.(weight|bias)", r"projection.linear.\1"),
     (r"(?:masked_spec_embed|mask_emb|mask_generator\.mask_embedding)", r"projection.mask_embedding"),
@@ -765,10 +763,14 @@ KEYS = [
     (POSITION + r"(?:weight_v|parametrizations\.weight\.original1)", r"position.weight_v"),
     (POSITION + r"weight", r"position.weight"),  # the two multiplied out
     (ENCODER + r"layer_norm\.(weight|bias)", r"norm.\1"),
-    (LAYER + r"(?:attention|self_attn)\.q_proj\.(weight|bias)", r"layers.\1.attention.query.\2"),
-    (LAYER + r"(?:attention|self_attn)\.k_proj\.(weight|bias)", r"layers.\1.attention.key.\2"),
-    (LAYER + r"(?:attention|self_attn)\.v_proj\.(weight|bias)", r"layers.\1.attention.value.\2"),
-    (LAYER + r"(?:attention|self_attn)\.out_proj\.(weight|bias)", r"layers.\1.attention.output.\2"),
+    (ENCODER + r"layers\.0\.\w+\.(?:rel_attn_embed|relative_attention_bias)\.weight", r"relative.table.weight"),
+    (ATTENTION + r"(?:gru_rel_pos_linear|grep_linear)\.(weight|bias)", r"layers.\1.attention.position_linear.\2"),
+    (ATTENTION + r"(?:gru_rel_pos_const|grep_a)", r"layers.\1.attention.position_scale"),
+    (ATTENTION + r"in_proj_(weight|bias)", r"layers.\1.attention.in_proj.\2"),  # torchaudio's: the next three in one
+    (ATTENTION + r"q_proj\.(weight|bias)", r"layers.\1.attention.query.\2"),
+    (ATTENTION + r"k_proj\.(weight|bias)", r"layers.\1.attention.key.\2"),
+    (ATTENTION + r"v_proj\.(weight|bias)", r"layers.\1.attention.value.\2"),
+    (ATTENTION + r"out_proj\.(weight|bias)", r"layers.\1.attention.output.\2"),
     (LAYER + r"(?:self_attn_)?layer_norm\.(weight|bias)", r"layers.\1.attention_norm.\2"),
     (LAYER + r"(?:feed_forward\.intermediate_dense|fc1)\.(weight|bias)", r"layers.\1.ffn.input.\2"),
     (LAYER + r"(?:feed_forward\.output_dense|fc2)\.(weight|bias)", r"layers.\1.ffn.output.\2"),
@@ -782,42 +784,61 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_\w+|module)\.")  # components that Data
 
 def read_public(contents, path):
     """The Checkpoint in a file of a public library."""
-    found = []
-    for place, holder in nested(contents):
-        named = unpruned({WRAPPERS.sub("", str(key)): value for key, value in holder.items()}, path)
-        for key in filter(FIRST.fullmatch, named):  # what optimizers keep of a frontend is no encoder
-            prefix = FIRST.fullmatch(key)[1]
-            if isinstance(named[key], torch.Tensor) and any(other.startswith(f"{prefix}encoder.") for other in named):
-                found.append((prefix, named, f"{place}{prefix}"))
-    if len(found) != 1:
-        ours = any("frontend.convolutions.0.weight" in str(key) for _, holder in nested(contents) for key in holder)
-        what = f"several encoders ({_shown([place or 'without a prefix' for *_, place in found])}); give one alone"
-        if not found:
-            held = _shown(list(contents)) or "nothing"
-            what = f"no wav2vec2 of Hugging Face, fairseq, torchaudio or sslprune, but {held}"
-        if ours:
-            what = "tensors of sslprune without their shape; give a model.pt, which transformer.save_model writes"
-        raise UserError(f"{path}: holds {what}")
-    (prefix, named, _), (said, places) = found[0], what_it_says(contents, path)
-    weights, ignored = translate(named, prefix, path)
-    shape = infer_shape(weights, said, places, path)
-    if "projection.mask_embedding" not in weights:  # torchaudio's models have none
-        log.info("%s: has no mask embedding; it starts at zero", path)
-    # A part that DPHuBERT removed adds nothing to the residual, and the LayerNorm behind it still runs.
-    parts = {"attention": shape.heads, "ffn": shape.units}
-    removed = [f"layers.{layer}.{part}" for part in parts for layer, count in enumerate(parts[part]) if not count]
-    if removed:
-        log.info("%s: has no %s", path, _shown(removed))
-    zeros = ["projection.mask_embedding", "projection.shut", *(f"{part}.output.bias" for part in removed)]
-    weights = {"projection.scale": torch.ones(shape.channels[-1])} | weights
-    weights = {key: torch.zeros(shape.width) for key in zeros} | weights
+    prefix, tensors = find_encoder(contents, path)
+    said = what_it_says(contents, path)
+    weights, ignored = translate(tensors, prefix, path)
+    shape = infer_shape(weights, said, path)
+    weights = completed(weights, shape, said, path)
     weights = {f"encoder.{key}": tensor for key, tensor in weights.items()}
-    labels, head = ctc_head(named, said, path)
+    labels, head = ctc_head(tensors, said, path)
     if labels:
         ignored = [key for key in ignored if "lm_head." not in key]
     if ignored:
-        log.info("%s: left out what the encoder has no use for, %d entries: %s", path, len(ignored), _shown(ignored))
+        log.info("%s: left out what the encoder has no use for, %d entries: %s", path, len(ignored), shown(ignored))
     return Checkpoint(path, shape, shape, weights | head, "asr" if labels else None, labels)
+
+
+def completed(weights, shape, said, path):
+    """The weights with what a public file has no tensor for, but a model of ours has."""
+    if "projection.mask_embedding" not in weights:  # torchaudio's models have none
+        log.info("%s: has no mask embedding; it starts at zero", path)
+    # A part that DPHuBERT removed adds nothing to the residual, and the LayerNorm about it still runs.
+    parts = {"attention": shape.heads, "ffn": shape.units}
+    removed = [f"layers.{layer}.{part}" for part in parts for layer, count in enumerate(parts[part]) if not count]
+    if removed:
+        log.info("%s: has no %s", path, shown(removed))
+    zeros = ["projection.mask_embedding", "projection.shut", *(f"{part}.output.bias" for part in removed)]
+    defaults = {key: torch.zeros(shape.width) for key in zeros} | {"projection.scale": torch.ones(shape.channels[-1])}
+    for layer, heads in enumerate(shape.heads) if shape.buckets else ():
+        attention, (places, _) = f"layers.{layer}.attention.", said.get("places", (None, ""))
+        places = torch.tensor(places[layer] if places and heads else range(heads), dtype=torch.int64)
+        if not heads:
+            empty = {"linear.weight": torch.zeros(8, shape.head_width), "linear.bias": torch.zeros(8)}
+            empty["scale"] = torch.ones(0)
+            defaults |= {f"{attention}position_{name}": tensor for name, tensor in empty.items()}
+        elif (scale := weights.get(f"{attention}position_scale")) is not None:
+            weights[f"{attention}position_scale"] = scale.flatten()[places]  # DPHuBERT keeps those of all heads
+        weights[f"{attention}places"] = places
+    return defaults | weights
+
+
+def find_encoder(contents, path):
+    """The prefix of the keys of the one encoder in a file, and the dictionary of tensors in which it is."""
+    encoders = {}
+    for place, holder in nested(contents):
+        tensors = unpruned({WRAPPERS.sub("", str(key)): value for key, value in holder.items()}, path)
+        for key in filter(FIRST.fullmatch, tensors):  # what optimizers keep of a frontend is no encoder
+            prefix = FIRST.fullmatch(key)[1]
+            if isinstance(tensors[key], torch.Tensor) and any(k.startswith(f"{prefix}encoder.") for k in tensors):
+                encoders[f"{place}{prefix}" or "without a prefix"] = prefix, tensors
+    if len(encoders) == 1:
+        return next(iter(encoders.values()))
+    what = f"several encoders ({shown(list(encoders))}); give one alone"
+    if not encoders:
+        what = f"no wav2vec2 of Hugging Face, fairseq, torchaudio or sslprune, but {shown(list(contents)) or 'nothing'}"
+    if any("frontend.convolutions.0.weight" in str(key) for _, holder in nested(contents) for key in holder):
+        what = "tensors of sslprune without their shape; give a model.pt, which sslprune.save_model writes"
+    raise UserError(f"{path}: holds {what}")
 
 
 def nested(contents):
@@ -850,109 +871,139 @@ def plain(value, levels=3):
     return value if isinstance(value, (bool, int, float, str, type(None))) else f"<{type(value).__name__}>"
 
 
-def unpruned(named, path):
+def unpruned(tensors, path):
     """The tensors with X_orig and X_mask, which torch.nn.utils.prune makes of X, multiplied into X."""
-    for key in [key[:-5] for key in named if key.endswith("_mask") and f"{key[:-5]}_orig" in named]:
-        tensor, mask = (numbers(key + part, named.pop(key + part), path) for part in ("_orig", "_mask"))
+    for key in [key[:-5] for key in tensors if key.endswith("_mask") and f"{key[:-5]}_orig" in tensors]:
+        tensor, mask = (numbers(key + part, tensors.pop(key + part), path) for part in ("_orig", "_mask"))
         if tensor.shape != mask.shape:
-            raise UserError(f"{path}: {_shown([key])}_orig and {_shown([key])}_mask are not of one size")
-        named[key] = tensor * mask
-    return named
+            raise UserError(f"{path}: {shown([key])}_orig and {shown([key])}_mask are not of one size")
+        tensors[key] = tensor * mask
+    return tensors
 
 
-def translate(named, prefix, path):
+def translate(tensors, prefix, path):
     """Foreign tensors to ours: {our name: tensor}, and the keys that have no place in an encoder."""
     weights, ignored = {}, []
-    for key, tensor in named.items():
+    for key, tensor in tensors.items():
         inner = key.removeprefix(prefix) if key.startswith(prefix) else ""
         ours = next((match.expand(ours) for pattern, ours in KEYS if (match := pattern.fullmatch(inner))), None)
-        if ours:
+        if ours and ".in_proj." in ours:
+            for name, part in zip(("query", "key", "value"), numbers(key, tensor, path).chunk(3)):
+                weights[ours.replace("in_proj", name)] = part
+        elif ours:
             weights[ours] = numbers(key, tensor, path)
         elif INSIDE.match(inner):
             if inner.endswith("_orig"):
-                raise UserError(f"{path}: {_shown([key])} is a weight of torch.nn.utils.prune without its mask")
-            other = "does not belong to wav2vec2-base or HuBERT-base; no other architecture is read"
-            raise UserError(f"{path}: {_shown([key])} {other}, nor a quantized model or one with adapters")
+                raise UserError(f"{path}: {shown([key])} is a weight of torch.nn.utils.prune without its mask")
+            other = "does not belong to wav2vec2, HuBERT or WavLM; no other architecture is read"
+            raise UserError(f"{path}: {shown([key])} {other}, nor a quantized model or one with adapters")
         elif isinstance(tensor, torch.Tensor):
             ignored.append(key)
+    if "frontend.norms.1.weight" not in weights:  # the first one's is a GroupNorm
+        weights = {key.replace("norms.0.", "convolutions.0.norm_"): tensor for key, tensor in weights.items()}
     if (weight := weights.pop("position.weight", None)) is not None:
         gain = torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True) if weight.dim() == 3 else weight
         weights["position.weight_v"], weights["position.weight_g"] = weight, gain
     return weights, ignored
 
 
-# What a config.json says of wav2vec2-base and HuBERT-base; other values mean another model.
-BASE_LIKE = {
-    "do_stable_layer_norm": False, "feat_extract_norm": "group", "conv_bias": False, "hidden_act": "gelu",
-    "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "feat_proj_layer_norm": True, "add_adapter": False,
-    "sampling_rate": SAMPLE_RATE,
-}  # fmt: skip
-# What tensors do not show, with the names of it, and what is assumed where nothing is said.
-ASSUMED = {
-    "heads of 64": {"num_attention_heads", "head_width"},
-    "wav2vec2-base's strides": {"strides"},
-    "post-norm order": {"do_stable_layer_norm"},
+# What a file says of its model, and the names of it in Hugging Face, fairseq and unilm, torchaudio and DPHuBERT.
+SAID = {
+    "layer_norms": "feat_extract_norm extractor_mode",
+    "pre_norm": "do_stable_layer_norm layer_norm_first encoder_layer_norm_first",
+    "conv_bias": "conv_bias extractor_conv_bias",
+    "strides": "conv_stride",
+    "convolutions": "conv_feature_layers extractor_conv_layer_config",  # (channels, kernel, stride) of each
+    "width": "encoder_embed_dim",
+    "heads of the dense": "num_attention_heads encoder_attention_heads",
+    "heads": "encoder_num_heads",
+    "head_width": "encoder_head_dim",
+    "places": "encoder_remaining_heads",
+    "layers": "num_hidden_layers encoder_layers encoder_num_layers",
+    "units": "encoder_ff_interm_features",
+    "has_heads": "encoder_use_attention",
+    "has_units": "encoder_use_feed_forward",
+    "position_kernel": "encoder_pos_conv_kernel",
+    "position_groups": "encoder_pos_conv_groups",
+    "buckets": "num_buckets encoder_num_buckets",
+    "max_distance": "max_bucket_distance max_distance encoder_max_distance",
+    "pad_token_id": "pad_token_id",
 }
-# What is read beside that, by its names in Hugging Face, fairseq, torchaudio and DPHuBERT: a Shape's, where it has one.
-NAMES = {name: name for name in (*BASE_LIKE, "num_attention_heads", "num_hidden_layers", "pad_token_id")} | {
-    "layer_norm_first": "do_stable_layer_norm", "encoder_layer_norm_first": "do_stable_layer_norm",
-    "extractor_mode": "feat_extract_norm", "extractor_conv_bias": "conv_bias", "activation_fn": "hidden_act",
-    "conv_stride": "strides", "conv_feature_layers": "convolutions", "extractor_conv_layer_config": "convolutions",
-    "encoder_layers": "num_hidden_layers", "encoder_num_layers": "num_hidden_layers", "encoder_embed_dim": "width",
-    "encoder_attention_heads": "num_attention_heads", "encoder_num_heads": "heads", "encoder_head_dim": "head_width",
-    "encoder_ff_interm_features": "units", "encoder_use_attention": "has_heads",
-    "encoder_use_feed_forward": "has_units", "encoder_pos_conv_kernel": "position_kernel",
-    "encoder_pos_conv_groups": "position_groups",
+SAID = {name: ours for ours, names in SAID.items() for name in names.split()}
+NORMS = {"group": False, "default": False, "group_norm": False, "layer": True, "layer_norm": True}
+NEEDED = {  # other values mean another model
+    "hidden_act": "gelu", "activation_fn": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5,
+    "feat_proj_layer_norm": True, "add_adapter": False, "conv_pos_batch_norm": False, "sampling_rate": SAMPLE_RATE,
 }  # fmt: skip
 
 
 def what_it_says(contents, path):
-    """What a checkpoint says of its model beside the tensors, in itself and in files beside it, and where it does.
+    """What a checkpoint says of its model, in itself and in files beside it: {name of ours: (value, where)}.
 
-    Raises UserError where that is another architecture than wav2vec2-base's, or where the two contradict each other.
+    Raises UserError where that is another architecture, or where two places contradict each other.
     """
-    said, places, holders = {}, {}, []
+    said, holders = {}, []
     for file in map(path.with_name, ("config.json", "preprocessor_config.json", "processor_config.json")):
         if file.is_file():
-            found = [(f"{file.name}: {place}", holder) for place, holder in nested(read_json(file))]
+            parts = [(f"{file.name}: {place}", holder) for place, holder in nested(read_json(file))]
             if file.name == "config.json":  # only the encoder's part, and not that of a decoder or the like
-                found = [part for part in found if "conv_stride" in part[1]][:1] or found[:1]
-            holders += found
+                parts = [part for part in parts if "conv_stride" in part[1]][:1] or parts[:1]
+            holders += parts
     holders += nested(contents)
     for place, key, value in [(place, key, value) for place, holder in holders for key, value in holder.items()]:
-        name, value = NAMES.get(key), plain(value)
-        if name is None or value in (None, "<Tensor>"):
+        name, value = SAID.get(key), plain(value)
+        if value in (None, "<Tensor>") or name is None and key not in NEEDED:
             continue
-        if key == "extractor_mode" and value in ("default", "group_norm"):
-            value = "group"
+        known = [NEEDED[key]] if key in NEEDED else list(NORMS) if name == "layer_norms" else [value]
+        if value not in known:
+            wrong = f"{place}{key} is {shown([value])}, and {shown(known)} of what is read"
+            raise UserError(f"{path}: is of another architecture or rate, and no other is read: {wrong}")
+        if name is None:
+            continue
         if name == "heads" and type(value) is int:  # as torchaudio says it of a model that is not pruned
-            name = "num_attention_heads"
-        new = convolutions(key, value, path) if name == "convolutions" else {name: value}
-        for name, value in new.items():
-            if value != BASE_LIKE.get(name, value):
-                wrong = f"{place}{key} is {_shown([value])}, and {BASE_LIKE[name]} of wav2vec2-base and HuBERT-base"
-                raise UserError(f"{path}: is of another architecture or rate, and no other is read: {wrong}")
-            places.setdefault(name, f"{place}{key}")
-            if said.setdefault(name, value) != value and name != "pad_token_id":
-                wrong = f"{places[name]} is {_shown([said[name]])}, and {place}{key} is {_shown([value])}"
+            name = "heads of the dense"
+        values = {name: NORMS[value] if name == "layer_norms" else value}
+        for name, value in (convolutions(key, value, path) if name == "convolutions" else values).items():
+            before, where = said.setdefault(name, (value, f"{place}{key}"))
+            if before != value and name != "pad_token_id":
+                wrong = f"{where} is {shown([before])}, and {place}{key} is {shown([value])}"
                 raise UserError(f"{path}: contradicts itself: {wrong}")
-    if assumed := [what for what, names in ASSUMED.items() if not names & said.keys()]:
-        log.info("%s: does not say otherwise, so these are assumed: %s", path, ", ".join(assumed))
-    return said, places
+    return said
 
 
 def convolutions(key, layers, path):
     """The fields of a Shape in fairseq's "[(512, 10, 5)] + [(512, 3, 2)] * 4 + ..." or in a list."""
     number = r"(\d{1,9})"
-    found = re.findall(rf"[(\[]{number}, *{number}, *{number}[)\]]\]?(?: *\* *(\d{{1,3}}))?", str(layers))
-    if not found:
-        raise UserError(f"{path}: {key} is no list of (channels, kernel, stride): {_shown([layers])}")
-    sizes = [map(int, sizes) for *sizes, times in found for _ in range(int(times or 1))]
+    parts = re.findall(rf"[(\[]{number}, *{number}, *{number}[)\]]\]?(?: *\* *(\d{{1,3}}))?", str(layers))
+    if not parts:
+        raise UserError(f"{path}: {key} is no list of (channels, kernel, stride): {shown([layers])}")
+    sizes = [map(int, sizes) for *sizes, times in parts for _ in range(int(times or 1))]
     return dict(zip(("channels", "kernels", "strides"), map(list, zip(*sizes))))
 
 
-def infer_shape(weights, said, places, path):
-    """The shape of a model from its tensors (our keys). What they do not show is base's, or what the file says."""
+def infer_shape(weights, said, path):
+    """The shape of a model from its tensors (our keys), and what they do not show from what the file says."""
+    try:
+        shape = shape_of(weights, {name: value for name, (value, _) in said.items()})
+        check_against(shape, said)
+    except KeyError as error:
+        raise UserError(f"{path}: lacks {error.args[0]}") from error
+    except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise UserError(f"{path}: its tensors do not make a model of the wav2vec2 family ({error})") from error
+    assumed = {
+        f"heads of {shape.head_width}": not {"heads of the dense", "head_width"} & said.keys() and not shape.buckets,
+        "wav2vec2-base's strides": "strides" not in said,
+        "pre-norm order" if shape.layer_norms else "post-norm order": "pre_norm" not in said,
+        f"a maximum of {shape.max_distance} for relative positions": shape.buckets and "max_distance" not in said,
+    }
+    if any(assumed.values()):
+        what = ", ".join(name for name, is_so in assumed.items() if is_so)
+        log.info("%s: does not say otherwise, so these are assumed: %s", path, what)
+    return shape
+
+
+def shape_of(weights, said):
+    """The Shape that these tensors have. Raises KeyError for a tensor that is missing, and much else."""
     modules = {key.rsplit(".", 2)[0] for key in weights}
 
     def sizes(stack, name, dimension):
@@ -963,46 +1014,52 @@ def infer_shape(weights, said, places, path):
         keys = [f"{stack}.{index}.{name}" for index in range(max(indices, default=-1) + 1)]
         return [weights[key].shape[dimension] if key.rsplit(".", 2)[0] in modules else 0 for key in keys]
 
-    try:
-        width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
-        heads = said.get("num_attention_heads", width // BASE.head_width)
-        if heads == 0 and "head_width" not in said:
-            raise ValueError("it does not say how many heads it has; put its config.json beside it")
-        head_width = said.get("head_width") or width // heads
-        shape = Shape.from_dict({
-            "channels": sizes("frontend.convolutions", "weight", 0),
-            "kernels": sizes("frontend.convolutions", "weight", 2),
-            "strides": list(said.get("strides", BASE.strides)),
-            "width": width,
-            "head_width": head_width,
-            "heads": [rows // head_width for rows in sizes("layers", "attention.query.weight", 0)],
-            "units": sizes("layers", "ffn.input.weight", 0),
-            "position_kernel": position[2],
-            "position_groups": width // position[1],
-        })  # fmt: skip
-        shown = shape.as_dict() | {"num_hidden_layers": len(shape.heads)}
-        shown |= {f"has_{part}": [count > 0 for count in shown[part]] for part in ("heads", "units")}
-        for name in shown.keys() & said.keys():
-            told = said[name]
-            if name in ("heads", "units"):  # one number for all layers or one for each; a removed part's has no meaning
-                told = told if isinstance(told, list) else [told] * len(shape.heads)
-                told = [n if count else 0 for n, count in zip(told, shown[name])] + told[len(shape.heads) :]
-            if told != shown[name]:
-                wrong = f"{places[name]} is {_shown([told])}, and its tensors have {_shown([shown[name]])}"
-                raise ValueError(f"{wrong}, in {name}")
-        return shape
-    except KeyError as error:
-        raise UserError(f"{path}: lacks {error.args[0]}") from error
-    except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"{path}: its tensors do not make a wav2vec2-base-like model ({error})") from error
+    width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
+    layer_norms, table = "frontend.norms.1.weight" in weights, weights.get("relative.table.weight")
+    heads = said.get("heads of the dense", 16 if layer_norms else width // BASE.head_width)  # as in all public models
+    heads = heads if table is None else table.shape[1]
+    if heads == 0 and "head_width" not in said:
+        raise ValueError("it does not say how many heads it has; put its config.json beside it")
+    head_width = said.get("head_width") or width // heads
+    return Shape.from_dict({
+        "channels": sizes("frontend.convolutions", "weight", 0),
+        "kernels": sizes("frontend.convolutions", "weight", 2),
+        "strides": list(said.get("strides", BASE.strides)),
+        "width": width,
+        "head_width": head_width,
+        "heads": [rows // head_width for rows in sizes("layers", "attention.query.weight", 0)],
+        "units": sizes("layers", "ffn.input.weight", 0),
+        "position_kernel": position[2],
+        "position_groups": width // position[1],
+        "layer_norms": layer_norms,
+        "conv_bias": "frontend.convolutions.1.bias" in weights,
+        "buckets": 0 if table is None else table.shape[0],
+        "max_distance": 0 if table is None else said.get("max_distance", 800),
+    })  # fmt: skip
 
 
-def ctc_head(named, said, path):
+def check_against(shape, said):
+    """Raise ValueError where a file says something else of its model than its tensors do."""
+    has = shape.as_dict() | {"layers": len(shape.heads), "pre_norm": shape.layer_norms}  # no family has but one of both
+    has |= {f"has_{part}": [count > 0 for count in has[part]] for part in ("heads", "units")}
+    if shape.buckets:
+        has["heads of the dense"] = shape.width // shape.head_width
+    for name in said.keys() & has.keys() - ({"max_distance"} if shape.buckets else {"max_distance", "buckets"}):
+        told, where = said[name]
+        if name in ("heads", "units"):  # one number for all layers or one for each; a removed part's has no meaning
+            told = told if isinstance(told, list) else [told] * len(shape.heads)
+            told = [n if count else 0 for n, count in zip(told, has[name])] + told[len(shape.heads) :]
+        if told != has[name]:
+            shows = shown([has[name]])
+            raise ValueError(f"{where} is {shown([told])}, and its tensors have {shows}, in {name}")
+
+
+def ctc_head(tensors, said, path):
     """Labels and weights of the head of a Hugging Face CTC model with its vocab.json beside it; else None and {}.
 
     Its blank becomes the first output. An output that no token names, or one that is no name, has its number as a mark.
     """
-    head = {key.rpartition("lm_")[2]: tensor for key, tensor in named.items() if re.search(r"\blm_head\.\w+$", key)}
+    head = {key.rpartition("lm_")[2]: tensor for key, tensor in tensors.items() if re.search(r"\blm_head\.\w+$", key)}
     file = path.with_name("vocab.json")
     if set(head) != {"head.weight", "head.bias"} or not file.is_file():
         return None, {}
@@ -1010,12 +1067,33 @@ def ctc_head(named, said, path):
     size = head["head.bias"].numel()
     if any(tensor.shape[:1] != (size,) for tensor in head.values()):
         raise UserError(f"{path}: lm_head.weight and lm_head.bias are not of one size")
-    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
-    first, second, added = (read_json(other) if (other := path.with_name(n)).is_file() else {} for n in names)
-    special = {name: text.get("content") if isinstance(text, dict) else text for name, text in (first | second).items()}
+    outputs, special = read_vocabulary(file, size)
     if special.get("phone_delimiter_token"):
         log.info("%s: is of phones, which no text is compared with; the head of %s is left out", file, path)
         return None, {}
+    pad, delimiter = (str(special.get(name)) for name in ("pad_token", "word_delimiter_token"))
+    padding = next((outputs[token] for token in (pad, "<pad>", "[PAD]") if token in outputs), None)
+    blank, _ = said.get("pad_token_id", (0 if padding is None else padding, ""))
+    if type(blank) is not int or not 0 <= blank < size or padding not in (None, blank):
+        wrong = f"the padding token is output {padding}, and pad_token_id in config.json is {shown([blank])}"
+        raise UserError(f"{file}: {wrong}; which of the head's {size} outputs is CTC's blank? make the two agree")
+    labels = [f"<{unit}>" for unit in range(size)]
+    for token, unit in outputs.items():
+        if data.is_name(token) and token not in (data.BLANK, data.SPACE):
+            labels[unit] = token
+    space = next((outputs[token] for token in (delimiter, data.SPACE, " ") if token in outputs), None)
+    if space is not None:
+        labels[space] = data.SPACE
+    order = [blank, *(unit for unit in range(size) if unit != blank)]
+    log.info("%s: has a CTC head, with the %d labels of %s", path, size, file.name)
+    return [data.BLANK, *(labels[unit] for unit in order[1:])], {key: tensor[order] for key, tensor in head.items()}
+
+
+def read_vocabulary(file, size):
+    """The outputs of a head of `size` that vocab.json names, {token: output}, and the tokenizer's special tokens."""
+    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    first, second, added = (read_json(other) if (other := file.with_name(n)).is_file() else {} for n in names)
+    special = {name: text.get("content") if isinstance(text, dict) else text for name, text in (first | second).items()}
     vocab = read_json(file)
     vocab = vocab.get(str(special.get("target_lang")), vocab)
     if not isinstance(vocab, dict) or any(isinstance(unit, dict) for unit in vocab.values()):
@@ -1024,22 +1102,6 @@ def ctc_head(named, said, path):
     for token, unit in (vocab | added).items():
         if type(unit) is int and 0 <= unit < size:
             tokens.setdefault(unit, token)
-    outputs = {token: unit for unit, token in tokens.items()}
-    if not outputs:
+    if not tokens:
         raise UserError(f"{file}: names none of the head's {size} outputs; correct it, or take it away")
-    pad, delimiter = (str(special.get(name)) for name in ("pad_token", "word_delimiter_token"))
-    padding = next((outputs[token] for token in (pad, "<pad>", "[PAD]") if token in outputs), None)
-    blank = said.get("pad_token_id", 0 if padding is None else padding)
-    if type(blank) is not int or not 0 <= blank < size or padding not in (None, blank):
-        wrong = f"the padding token is output {padding}, and pad_token_id in config.json is {_shown([blank])}"
-        raise UserError(f"{file}: {wrong}; which of the head's {size} outputs is CTC's blank? make the two agree")
-    space = next((outputs[token] for token in (delimiter, data.SPACE, " ") if token in outputs), None)
-    labels = [f"<{unit}>" for unit in range(size)]
-    for token, unit in outputs.items():
-        if data.is_name(token) and token not in (data.BLANK, data.SPACE):
-            labels[unit] = token
-    if space is not None:
-        labels[space] = data.SPACE
-    order = [blank, *(unit for unit in range(size) if unit != blank)]
-    log.info("%s: has a CTC head, with the %d labels of %s", path, size, file.name)
-    return [data.BLANK, *(labels[unit] for unit in order[1:])], {key: tensor[order] for key, tensor in head.items()}
+    return {token: unit for unit, token in tokens.items()}, special

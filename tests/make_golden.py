@@ -162,7 +162,7 @@ class Weights:
 
     def draw(self, pool, shape):
         """A window into the pool, whose rows overlap (no two alike), and which begins where no earlier one began."""
-        strides = {1: (1,), 2: (29, 1), 3: (29, 3, 1)}[len(shape)]
+        strides = {1: (1,), 2: (29, 1), 3: (29, 3, 1), 4: (1, 29, 1, 1)}[len(shape)]
         tensor = self.pools[pool].as_strided(tuple(shape), strides, 7 * len(self.tensors))
         self.indices[self.identity(tensor)] = len(self.tensors)
         self.tensors.append(tensor)

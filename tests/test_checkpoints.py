@@ -298,10 +298,12 @@ def change(golden, layout="hf_base", **changed):
         ({"encoder.pos_conv_embed.conv.parametrizations.weight.original1": torch.zeros(128, 0, 128)}, []),
         (
             {"feature_extractor.conv_layers.1.layer_norm.weight": torch.ones(8)},
-            ["feature_extractor.conv_layers.1.layer_norm.weight"],
+            ["lacks", "frontend.norms.1.bias"],
         ),
-        ({"feature_extractor.conv_layers.1.conv.bias": torch.ones(8)}, ["no other architecture"]),
-        ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8)}, ["no other architecture"]),
+        ({"feature_extractor.conv_layers.1.conv.bias": torch.ones(8)}, ["layer_norms and conv_bias"]),
+        ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8)}, ["wav2vec2 family"]),
+        ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8, 2)}, ["lacks", "attention.position_scale"]),
+        ({"encoder.layers.0.adapter_layer.norm.weight": torch.ones(8)}, ["adapter_layer.norm", "no other architecture"]),
     ],
 )
 def test_a_tensor_too_many_too_few_or_of_the_wrong_size_is_named(golden, tmp_path, changed, words):
