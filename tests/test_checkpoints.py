@@ -739,7 +739,7 @@ def test_a_git_lfs_pointer_is_named_as_one(tmp_path):
 
 def test_the_pretrained_model_in_the_repository_is_the_small_one():
     """See pretrain.py."""
-    model = load_pretrained(HERE / "pretrained")
+    model = load_pretrained(HERE / "experiment" / "pretrained")
     assert model.shape == SMALL
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 

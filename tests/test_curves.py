@@ -19,7 +19,7 @@ import sslprune
 from flops import SMALL, UserError
 from gates import check_budget
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "experiment"
 
 
 def result(errors, method="mac", budget=0.5, seed=0, task="asr", words=10, **fields):
@@ -255,7 +255,7 @@ def test_what_are_no_results_ends_in_one_line(tmp_path, monkeypatch, capsys, tex
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
     if text and text not in map(json.dumps, (result([1]), result([1], budget=1))):  # which are results
-        assert said.startswith(f"curves: {path}, line 1: is no result of tests/grid.py (")
+        assert said.startswith(f"curves: {path}, line 1: is no result of tests/experiment/grid.py (")
     assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -301,7 +301,7 @@ def make_corpus(root):
 
 def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "ROOT", tmp_path)
-    script = f"import os, sys; sys.path[0] = {str(HERE.parent)!r}; assert os.environ['OMP_NUM_THREADS'] == '1'\n"
+    script = f"import os, sys; sys.path[0] = {str(HERE.parents[1])!r}; assert os.environ['OMP_NUM_THREADS'] == '1'\n"
     (tmp_path / "sslprune.py").write_text(f"{script}import sslprune; sys.exit(sslprune.main())\n")
     sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
     monkeypatch.setattr(grid, "CHECKPOINT", {"slu": "tiny.pt"})
@@ -367,5 +367,5 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
 
 
 def test_the_readme_says_what_the_results_say(published):
-    assert curves.report(published) in (HERE.parent / "README.md").read_text(encoding="utf-8")
+    assert curves.report(published) in (HERE / "README.md").read_text(encoding="utf-8")
     assert curves.figure(published) == (HERE / "curve.svg").read_text(encoding="utf-8")

@@ -552,7 +552,7 @@ def test_a_name_that_no_file_can_have_is_skipped(tmp_path):
 
 
 def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
-    """tests/corpora.py: no speaker of the test set is in another, and what a name says is what the table says."""
+    """tests/experiment/corpora.py: no speaker of the test set is in another, and what a name says is what the table says."""
     for speaker in ("ann", "bob", "cyd"):
         for digit, take in ((7, 2), (7, 6), (8, 11), (0, 40)):
             speak(tmp_path / "digits" / "recordings" / f"{digit}_{speaker}_{take}.wav", rate=8_000)
@@ -565,7 +565,7 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
         extra = ["--test", "bob,cyd"] if corpus == "digits" else []
         command = [
             sys.executable,
-            HERE / "corpora.py",
+            HERE / "experiment" / "corpora.py",
             corpus,
             tmp_path / corpus,
             tmp_path / f"{corpus}-tables",

@@ -628,7 +628,7 @@ WRONG = {
     "unreachable budget": (["--task", "asr", "--budget", "0.1", "--method", "transformer"], ["0.35", "--budget"]),
     "missing folder": (["--task", "asr", "--budget", "0.5", "--data", "nowhere"], ["nowhere"]),
     "no known layout": (
-        ["--task", "asr", "--budget", "0.5", "--data", str(HERE / "pretrained")],
+        ["--task", "asr", "--budget", "0.5", "--data", str(HERE / "experiment" / "pretrained")],
         ["LibriSpeech", "SLURP"],
     ),
     "missing checkpoint": (["--task", "asr", "--budget", "0.5", "--checkpoint", "nowhere.pt"], ["nowhere.pt"]),

@@ -2,7 +2,7 @@
 
 Needs transformers in a virtual environment apart from the project's own (python -m venv reference;
 reference/bin/pip install -r requirements.txt transformers), and no network: the weights are random.
-Run: reference/bin/python tests/check_base.py
+Run: reference/bin/python tests/checks/check_base.py
 """
 
 import sys
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flops import BASE, SAMPLES, cost
 from gates import KINDS, METHODS, harden

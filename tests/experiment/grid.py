@@ -1,13 +1,13 @@
 """Runs the experiment: one model, pruned by each method to each budget, from several seeds.
 
-    .venv/bin/python tests/grid.py slu tables/commands --results runs/results.jsonl --jobs 2
-    .venv/bin/python tests/grid.py asr tables/strings --results runs/results.jsonl --jobs 2
-    .venv/bin/python tests/grid.py slu tables/commands --results runs/results.jsonl --only mac-0.5-0   # one point
+    .venv/bin/python tests/experiment/grid.py slu tables/commands --results runs/results.jsonl --jobs 2
+    .venv/bin/python tests/experiment/grid.py asr tables/strings --results runs/results.jsonl --jobs 2
+    .venv/bin/python tests/experiment/grid.py slu tables/commands --results runs/results.jsonl --only mac-0.5-0   # one point
 
 A point is a method, a budget and a seed: a run of sslprune.py on one thread of the CPU, in runs/grid, with the flags
 below. Points that --results holds are not run again (another checkpoint, corpus or flags need another file), and an
 interrupted one goes on; the most important come first. A result is a line: what the report says, and the errors of each
-test speaker, from which tests/curves.py makes intervals.
+test speaker, from which tests/experiment/curves.py makes intervals.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from flops import UserError  # noqa: E402
@@ -28,7 +28,7 @@ from gates import METHODS  # noqa: E402
 from sslprune import METRICS  # noqa: E402
 
 # Flags of all points, of a task's, and of its dense reference where they differ. README says how dev chose them.
-CHECKPOINT = {"asr": "tests/recogniser.pt", "slu": "tests/pretrained"}
+CHECKPOINT = {"asr": "tests/experiment/recogniser.pt", "slu": "tests/experiment/pretrained"}
 COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --prune-updates 1200 --finetune-updates 800"
 COMMON += " --dtype bfloat16"
 FLAGS = {
@@ -64,7 +64,7 @@ def points_of(task):
 
 def flags_of(task, budget):
     """The flags of a point that are not its own."""
-    return f"--checkpoint {CHECKPOINT[task]} {COMMON} {(FLAGS if budget < 1 else DENSE)[task]}"
+    return f"{COMMON} {(FLAGS if budget < 1 else DENSE)[task]}"
 
 
 def fingerprint(task, corpus):
@@ -109,7 +109,8 @@ def run_point(task, folder, point, out, speakers):
     method, budget, seed = point
     flags = flags_of(task, budget)
     own = f"--task {task} --method {method} --budget {budget:g} --seed {seed} --device cpu --resume {flags}"
-    command = [sys.executable, "sslprune.py", "--data", folder, "--out", out, *own.split()]
+    command = [sys.executable, "sslprune.py", "--checkpoint", CHECKPOINT[task], "--data", folder, "--out", out]
+    command += own.split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(f"{out}.log", "w") as log:
         if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode:
@@ -166,7 +167,8 @@ def read_results(path):
         try:
             results.append(parse_result(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: is no result of tests/grid.py ({error!r}); remove it") from error
+            wrong = f"{path}, line {number}: is no result of tests/experiment/grid.py ({error!r})"
+            raise UserError(f"{wrong}; remove it") from error
     return results
 
 

@@ -1,9 +1,9 @@
 """Writes tables (train.tsv, dev.tsv, test.tsv) for two corpora of real speech that anyone can clone.
 
     git clone https://github.com/Jakobovski/free-spoken-digit-dataset
-    .venv/bin/python tests/corpora.py digits free-spoken-digit-dataset tables/digits --test lucas
-    .venv/bin/python tests/corpora.py commands SPEECH_COMMANDS tables/commands
-    .venv/bin/python tests/corpora.py commands SPEECH_COMMANDS tables/strings --strings
+    .venv/bin/python tests/experiment/corpora.py digits free-spoken-digit-dataset tables/digits --test lucas
+    .venv/bin/python tests/experiment/corpora.py commands SPEECH_COMMANDS tables/commands
+    .venv/bin/python tests/experiment/corpora.py commands SPEECH_COMMANDS tables/strings --strings
     .venv/bin/python sslprune.py --task asr --budget 0.5 --data tables/digits --out runs/digits
 
 `digits`, the Free Spoken Digit Dataset: recordings/DIGIT_SPEAKER_TAKE.wav. The speakers named by --test are the test

@@ -1,8 +1,8 @@
 """How fast: wav2vec2-base, dense and pruned, here, in transformers, and in the tools that models are deployed with.
 
-    python tests/bench.py              # all, some twenty minutes on two cores
-    python tests/bench.py --quick      # 10 s of audio only, fewer repeats
-    python tests/bench.py --engines    # only the tools to deploy with
+    python tests/checks/bench.py              # all, some twenty minutes on two cores
+    python tests/checks/bench.py --quick      # 10 s of audio only, fewer repeats
+    python tests/checks/bench.py --engines    # only the tools to deploy with
 
 Weights and audio are random, which changes no time. What is compared runs in turn, A B A B, and medians are given: the
 ratios are to be trusted more than the seconds. What is not installed (transformers; onnx, onnxscript and onnxruntime;
@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.mkldnn import to_mkldnn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from flops import BASE, SAMPLE_RATE, SAMPLES, cost
 from gates import KINDS, Lagrangian, harden

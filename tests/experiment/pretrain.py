@@ -1,16 +1,16 @@
 """Pretrains the small model on unlabelled speech: masked prediction of cluster numbers (HuBERT, Hsu et al. 2021).
 
-    reference/bin/python tests/pretrain.py first --updates 4500 SPEECH
-    reference/bin/python tests/pretrain.py tests/pretrained --updates 2200 --teacher first --classes 200 SPEECH
-    .venv/bin/python sslprune.py --task slu --budget 0.5 --checkpoint tests/pretrained --data tables/commands
+    reference/bin/python tests/experiment/pretrain.py first --updates 4500 SPEECH
+    reference/bin/python tests/experiment/pretrain.py tests/experiment/pretrained --updates 2200 --teacher first --classes 200 SPEECH
+    .venv/bin/python sslprune.py --task slu --budget 0.5 --checkpoint tests/experiment/pretrained --data tables/commands
 
 The model and its masks are those of `transformers` (HubertModel, with the sizes of flops.SMALL); the reference
 environment needs that library and scikit-learn. The classes are k-means clusters of cepstra or, with --teacher, of a
 layer's features of an earlier model, which this one then begins with. What is written is a Hugging Face folder like
 anyone's, in bfloat16.
 
-SPEECH for tests/pretrained, 12.8 hours, was: --corpus speechocean762 (the repository jimbozhang/speechocean762)
---corpus tables/commands (the test set of Speech Commands in thegtagamer/PICO-tinyML-benchmark, by tests/corpora.py),
+SPEECH for tests/experiment/pretrained, 12.8 hours, was: --corpus speechocean762 (the repository jimbozhang/speechocean762)
+--corpus tables/commands (the test set of Speech Commands in thegtagamer/PICO-tinyML-benchmark, by tests/experiment/corpora.py),
 and all audio in --folder free-spoken-digit-dataset/recordings, data/speech/clean of
 Picovoice/speech-to-intent-benchmark and speech_data of zhongyuchen/DSPSpeech-20. Of a --corpus, which sslprune reads in
 its own layout, only the training split is used, without the speakers that it lends for dev. On one core of an AMD EPYC,
@@ -28,7 +28,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 from transformers import HubertConfig, HubertModel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data  # noqa: E402
 from flops import SAMPLE_RATE, SMALL, UserError  # noqa: E402
 

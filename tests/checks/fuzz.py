@@ -1,7 +1,7 @@
 """Feed thousands of damaged files to everything that reads files: each must be read or refused in one line.
 
-    python tests/fuzz.py                                    # 2,000 files of each kind, some ten minutes
-    python tests/fuzz.py --kind flac --only 17              # that one file again, with the traceback
+    python tests/checks/fuzz.py                                    # 2,000 files of each kind, some ten minutes
+    python tests/checks/fuzz.py --kind flac --only 17              # that one file again, with the traceback
 
 A crash, a hang (10 s), memory that grows by over 500 MB, or an exception that is not the loader's own is a defect, and
 the exit status 1. The files are made from the seed; each kind is read in a process of its own, which is replaced when
@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from conftest import state_dict, tiny, write_layout, write_safetensors
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import HERE, state_dict, tiny, write_layout, write_safetensors
 from test_data import make_librispeech, make_slurp
 
 import data
 import sslprune
-import transformer
 from flops import UserError
 from gates import KINDS
 from transformer import load_pretrained
@@ -37,12 +38,12 @@ EXTREMES = [struct.pack("<q", value) for value in (0, 1, -1, 2**31 - 1, 2**63 - 
 
 def make(kind, folder):
     """A valid file of this kind, and the function that reads it."""
-    golden = torch.load(Path(__file__).parent / "golden.pt", weights_only=True)
+    golden = torch.load(HERE / "golden.pt", weights_only=True)
     folder.mkdir()
     if kind in ("model.pt", "legacy.pt"):
         model = sslprune.SpeechModel(tiny(KINDS["mac"]).slice(), "slu", ["yes", "no"])
         torch.save(
-            transformer.contents_of(model), folder / "model.pt", _use_new_zipfile_serialization=kind == "model.pt"
+            sslprune.contents_of(model), folder / "model.pt", _use_new_zipfile_serialization=kind == "model.pt"
         )
         return folder / "model.pt", sslprune.load
     if kind == "fairseq":

@@ -1,7 +1,7 @@
 """Kill a run at random moments, resume it each time, and compare what it leaves with a run that was never disturbed.
 
-    python tests/kills.py                   # 20 kills (SIGKILL) of a short run on the demo corpus, some ten minutes
-    python tests/kills.py --kills 5 -- --task slu --budget 0.5 --method sepsize --dense-updates 60 ...
+    python tests/checks/kills.py                   # 20 kills (SIGKILL) of a short run on the demo corpus, some ten minutes
+    python tests/checks/kills.py --kills 5 -- --task slu --budget 0.5 --method sepsize --dense-updates 60 ...
 
 Both runs are processes of their own, with the flags after `--`. Equal must be model.pt and dense.pt to the last bit,
 and report.json but for its times.
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-MAIN = Path(__file__).parent.parent / "sslprune.py"
+MAIN = Path(__file__).parents[2] / "sslprune.py"
 FLAGS = (
     "--task asr --budget 0.5 --dense-updates 350 --prune-updates 350 --finetune-updates 300"
     " --layer-drop 0.1 --time-mask 0.2 --channel-mask 0.2"

@@ -1,6 +1,6 @@
 """A corpus of 30,000 files: how long a run takes to start, and whether its memory grows with the epochs (Linux).
 
-    python tests/scale.py                    # some five minutes; 300 MB in the folder for temporary files
+    python tests/checks/scale.py                    # some five minutes; 300 MB in the folder for temporary files
 
 The files are half a second of noise each, in LibriSpeech's layout; the model is the tests' tiny one, so that what is
 measured is the handling of data. Memory is the resident memory of the process that trains, after the first and the last
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TINY
 
 import data
