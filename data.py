@@ -1,7 +1,7 @@
 """Corpora, audio, batches, transcripts and error rates.
 
-A corpus is three lists of `Utterance`, read in the layout in which its users have it and recognised by that layout; see
-`open_corpus`. The demo corpus is synthesised: see the end of this file. Audio is 16 kHz mono float32 everywhere.
+A corpus is three lists of `Utterance`, read in the layout in which its users have it, which `open_corpus` recognises.
+The demo corpus is synthesised, see the end of this file. Audio is 16 kHz mono float32 everywhere.
 """
 
 import contextlib
@@ -83,472 +83,44 @@ class Corpus:
             raise UserError(f"{bad} of {self.size} utterances are unusable: mend them, or give --skip-bad. One: {one}")
 
 
-# --- Corpora -------------------------------------------------------------------------------------------------------
-
-SPLITS = ("train", "dev", "test")
-SUBSETS = {  # the folders or files that are each split, unless the user names others
-    "table": {"train": "train", "dev": "dev", "test": "test"},
-    "SLURP": {"train": "train", "dev": "devel", "test": "test"},
-    "LibriSpeech": {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
-    "Kaldi": {"train": "train", "dev": "dev", "test": "test"},
-}
-LENT = 10  # a corpus without a dev split lends every tenth speaker of its training split
-
-
-def corpus_folder(path):
-    """The folder of a corpus, where ~ is the user's own, or None for "demo". Raises UserError where there is none."""
-    root = Path(os.path.expanduser(path))
-    if str(path) != "demo" and not os.path.isdir(root):
-        raise UserError(f"{root}: there is no such folder; --data takes a corpus's folder, or demo")
-    return None if str(path) == "demo" else root
-
-
-def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False, raw_text=False):
-    """The corpus at `path`, read in its own layout: tables and other manifests, SLURP, LibriSpeech, Kaldi's, or "demo".
-
-    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the demo's training split. raw_text: as for
-    `transcript`. subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names in SUBSETS, joined by
-    commas. splits: those that must be there, or without "train" among them one of them; the others stay empty.
-    Raises UserError for another layout, for a missing or empty split, and where over 1 % are bad and not `skip_bad`.
-    """
-    root, subsets = corpus_folder(path), {split: names for split, names in (subsets or {}).items() if names}
-    if root is None and subsets:
-        raise UserError("the demo corpus has no subsets to choose from")
-    if root is None:
-        return demo_corpus(task, seed, raw_text)
-    kind = layout(root, subsets, splits)
-    read = {"table": read_manifest, "SLURP": read_slurp, "LibriSpeech": read_librispeech, "Kaldi": read_kaldi}[kind]
-    corpus, dropped = Corpus(kind, skip_bad=skip_bad), Counter()
-    named = SUBSETS[kind] | subsets
-    if kind == "table" and not subset_files(root, kind, glob.escape(named["dev"])) and "dev" not in subsets:
-        named["dev"] = next((name for name in ("validation", "valid") if subset_files(root, kind, name)), "dev")
-    files = {  # of each subset of each split
-        split: {name: subset_files(root, kind, glob.escape(name)) for name in names.split(",")}
-        for split, names in named.items()
-    }
-    there = {split for split in SPLITS if split in subsets or all(files[split].values())}
-    lends = "dev" in splits and "dev" not in there and ("train" in splits or "train" in there)
-    wanted = set(splits) - {"dev"} | {"train"} if lends else set(splits)
-    if "train" not in splits:
-        wanted = wanted & there or wanted
-    for split in sorted(wanted, key=SPLITS.index):
-        for name, found in files[split].items():
-            if not found:
-                place = root / (name + {"table": ".tsv", "SLURP": ".jsonl"}.get(kind, ""))
-                raise UserError(f"{place}: there is no such {split} subset; name what there is with --{split}")
-            for utterance in read(root, found, task, corpus.skip):
-                try:
-                    getattr(corpus, split).append(measured(utterance, task, corpus.announced, raw_text, dropped))
-                except UserError as error:
-                    corpus.skip(str(error))
-        if not getattr(corpus, split):
-            bad = [f"; the first of {len(corpus.skipped)} bad ones: {reason}" for reason in corpus.skipped][:1]
-            raise UserError(f"{root}: the {split} split has no usable utterance{''.join(bad)}")
-    corpus.size = len(corpus.train) + len(corpus.dev) + len(corpus.test) + len(corpus.skipped)
-    corpus.check()
-    if lends:
-        lend_dev(corpus, needed="train" in splits or not corpus.test)
-    if task == "asr" and dropped:
-        counts = ", ".join(f"{what} ({times})" for what, times in dropped.most_common())
-        counts = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in counts)
-        log.info("left out of the transcripts: %s; --raw-text keeps transcripts as they are", counts)
-    return corpus
-
-
-def layout(root, subsets, splits):
-    """The kind of the corpus in a folder: the first of SUBSETS of which there is a subset that is asked for.
-
-    If there is none, the kind of which there is another one, so that an error can say what is missing.
-    """
-    for kind, names in SUBSETS.items():
-        asked = ",".join((names | subsets)[split] for split in splits).split(",")
-        if any(subset_files(root, kind, glob.escape(name)) for name in asked):
-            return kind
-    for kind in reversed(SUBSETS):  # tables last: people have notes of all sorts in such files
-        if subset_files(root, kind, "*"):
-            return kind
-    if (root / "wav.scp").exists():
-        raise UserError(f"{root}: is one subset; give the folder around it, and name subsets by --train, --dev, --test")
-    layouts = "NAME.tsv, NAME.csv, NAME.jsonl, Kaldi's NAME/wav.scp, LibriSpeech's NAME/SPEAKER/CHAPTER/*.trans.txt"
-    raise UserError(f"{root}: is no known corpus; a subset is {layouts} or SLURP's dataset/slurp/NAME.jsonl")
-
-
-def subset_files(root, kind, name):
-    """The files that make a subset. Of tables, the first is read. name: a pattern of glob's."""
-    patterns = {
-        "table": [f"{name}.*"],
-        "SLURP": [f"dataset/slurp/{name}.jsonl", f"{name}.jsonl"],
-        "LibriSpeech": [f"{name}/*/*/*.trans.txt"],
-        "Kaldi": [f"{name}/wav.scp"],
-    }
-    manifests = [".tsv", ".csv", ".jsonl"] + [".json"] * (name != "*")  # anything may have notes of its own in .json
-
-    def is_slurp(path):
-        with open(path, "rb") as file:
-            return re.search(rb'"recordings"\s*:', file.read(2**16)) is not None
-
-    found = [path for pattern in patterns[kind] for path in listed(root, pattern)]
-    if kind == "table":
-        found = [path for ending in manifests for path in found if path.suffix.lower() == ending]
-    return [path for path in found if kind in ("LibriSpeech", "Kaldi") or is_slurp(path) == (kind == "SLURP")]
-
-
-def listed(folder, pattern):
-    """The files in a folder that match a pattern, sorted: no pipes, and no names with a dot first, as macOS leaves."""
-    found = (folder / path for path in sorted(glob.glob(pattern, root_dir=folder)))
-    return [path for path in found if path.is_file()]
-
-
-def lend_dev(corpus, needed):
-    """Take every tenth speaker out of the training split as the dev split; `needed`: UserError if that is too small.
-
-    Utterances instead, where a speaker is not known or those speakers have over half of the training split.
-    """
-    for what, key in (("speaker", lambda u: u.speaker), ("utterance", lambda u: u.name)):
-        lent = set(sorted({key(u) for u in corpus.train})[::LENT])
-        dev, train = ([u for u in corpus.train if (key(u) in lent) == is_lent] for is_lent in (True, False))
-        if "" not in map(key, corpus.train) and len(dev) <= len(train):
-            corpus.dev, corpus.train = dev, train
-            log.info("there is no dev split: every tenth training %s is one, %d utterances", what, len(dev))
-            return
-    if needed:
-        raise UserError("there is no dev split, and the training split is too small to lend one; add one")
-
-
-def measured(utterance, task, announced, raw_text=False, dropped=None):
-    """The utterance with its file's length, and its `transcript`. announced: a set of what has been logged once."""
-    path = utterance.audio
-    with opened(path, pipes=False) as (sound, _):
-        frames, rate, channels = sound.frames, sound.samplerate, sound.channels
-    if frames == 0:
-        raise UserError(f"{path}: is empty")
-    if 0 < utterance.seconds < frames / rate - 0.5:
-        raise UserError(f"{path}: only {utterance.seconds:g} s of its {frames / rate:g} are meant; cut recordings up")
-    change = [f"{rate} Hz, resampled to {SAMPLE_RATE}"] * (rate != SAMPLE_RATE)
-    change += [f"{channels} channels, mixed down"] * (channels > 1)
-    if change and tuple(change) not in announced:
-        announced.add(tuple(change))
-        log.info("%s: %s (said once for all such files)", path, "; ".join(change))
-    text = transcript(utterance.text, raw_text, dropped)
-    if task == "asr" and not text:
-        raise UserError(f"{utterance.name}: its transcript is empty")
-    if task == "slu" and not is_name(utterance.intent):
-        raise UserError(f"{utterance.name}: its intent is no name")
-    return replace(utterance, text=text, seconds=frames / rate)
-
-
-AUDIO = (".flac", ".wav", ".mp3", ".ogg", ".opus")  # the endings of LibriSpeech's audio
-
-
-def read_librispeech(root, files, task, skip):
-    """SUBSET/SPEAKER/CHAPTER/ID.flac (or .wav, ...); the texts of a chapter in its .trans.txt, `ID TEXT` a line."""
-    if task == "slu":
-        raise UserError(f"{root}: LibriSpeech has no intents; use --task asr, or another corpus for --task slu")
-    for transcripts in files:
-        chapter = transcripts.parent
-        audio = {path.stem: path for path in reversed(listed(chapter, "*.*")) if path.suffix.lower() in AUDIO}
-        for number, name, text in _pairs(transcripts):
-            if Path(name).name != name or name == "..":
-                skip(f"{transcripts}: line {number} is not `ID TEXT`")
-            else:
-                yield Utterance(name, audio.get(name, chapter / f"{name}.flac"), 0.0, text, speaker=chapter.parent.name)
-
-
-def read_kaldi(root, files, task, skip):
-    """SUBSET/wav.scp, `ID PATH` a line, SUBSET/text, `ID TEXT`, SUBSET/utt2spk, and SUBSET/utt2intent or text for it.
-
-    Paths are from the corpus's folder, or from the current one: recipes write them from where they run.
-    """
-    folder = files[0].parent
-    if (folder / "segments").exists():
-        raise UserError(f"{folder}: has segments; cut the recordings up, one file an utterance, and leave segments out")
-
-    def read(file):
-        found = {}
-        for number, name, value in _pairs(folder / file) if (folder / file).is_file() else ():
-            if name in found:
-                skip(f"{folder / file}: line {number} has {name} once more")
-            found.setdefault(name, value)
-        return found
-
-    audio, speakers, texts, intents = map(read, ("wav.scp", "utt2spk", "text", "utt2intent"))
-    needed, file = (texts, "text") if task == "asr" or not intents else (intents, "utt2intent")
-    if task == "slu" and not intents:
-        log.info("%s: has no utt2intent; the text of an utterance is its intent", folder)
-        intents = texts
-    for name in sorted(texts.keys() - audio.keys()):
-        skip(f"{folder / 'wav.scp'}: has no line for {name}")
-    for name, value in audio.items():
-        if not value:
-            skip(f"{folder / 'wav.scp'}: {name} has no path")
-        elif value.endswith("|"):
-            skip(f"{folder / 'wav.scp'}: {name} is a command, and no command is run; write its audio to a file")
-        elif re.search(r"\.ark:\d+", value):
-            skip(f"{folder / 'wav.scp'}: {name} is in a Kaldi archive, which is not read; write its audio to a file")
-        elif name not in needed:
-            skip(f"{folder / file}: has no line for {name}")
-        else:
-            path = _first_file([root / value, Path(value)])
-            yield Utterance(name, path, 0.0, texts.get(name, ""), intents.get(name, ""), speakers.get(name, ""))
-
-
-COLUMNS = {  # of a manifest: the names by which a column goes
-    "path": ("path", "audio_filepath", "file_name", "filename", "audio_file"),
-    "text": ("sentence", "text", "transcription", "transcript"),
-    "intent": ("intent",),
-    "speaker": ("speaker", "client_id", "speaker_id"),
-}
-
-
-def read_manifest(root, files, task, skip):
-    """NAME.tsv, .csv, .jsonl or .json: Common Voice's, NeMo's, pandas'. COLUMNS are read of each row or object.
-
-    Audio is in the corpus's folder, in clips/ in it, or beside; the paths of Common Voice once lacked its .mp3.
-    """
-    path, needed = files[0], "text" if task == "asr" else "intent"
-    is_json = path.suffix.lower() in (".jsonl", ".json")
-    for number, row in _objects(path, skip) if is_json else _rows(path, needed, skip):
-        row = {key: str(value).strip() for key, value in row.items() if type(value) in (str, int, float)}
-        cells = {what: next((row[key] for key in keys if row.get(key)), "") for what, keys in COLUMNS.items()}
-        name = cells.pop("path")
-        if any(row.get(key, "").strip("+-0.") for key in ("offset", "start", "start_time")):
-            raise UserError(f"{path}: line {number} is a part of {name}; cut recordings up, one file an utterance")
-        if not is_name(name) or not cells[needed]:
-            skip(f"{path}: line {number} has no {needed if is_name(name) else 'path'}, or none that is text")
-            continue
-        seconds = 0.0
-        with contextlib.suppress(ValueError):  # where a manifest has offsets, a first part begins at 0
-            seconds = float(row.get("duration", 0) if "offset" in row else 0)
-        folders = (root, root / "clips", path.parent)
-        paths = [folder / f"{name}{ending}" for ending in ("", ".mp3") for folder in folders]
-        yield Utterance(name, _first_file(paths), seconds, **cells)
-
-
-def _rows(path, needed, skip):
-    """(line, {column: field}) of each row of a table. Raises UserError where it has no path, or not what is needed."""
-    lines, is_tsv = _lines(path) or [(1, "")], path.suffix.lower() == ".tsv"
-    delimiter = "\t" if is_tsv else next((d for d in ",;\t" if d in lines[0][1]), ",")
-    csv.field_size_limit(2**31 - 1)  # pandas writes whole arrays
-    reader = csv.reader((line + "\n" for _, line in lines), delimiter=delimiter, strict=True)
-    plain = [(number, line.rstrip("\r").split("\t")) for number, line in lines]
-    try:
-        rows = [(lines[reader.line_num - 1][0], fields) for fields in reader]
-        # Common Voice's quotation marks are its sentences', and those of two may look like a pair.
-        ragged = [len({len(fields) for _, fields in found}) > 1 for found in (rows, plain)]
-        if is_tsv and (ragged == [True, False] or any("\t" in f and "\n" in f for _, fields in rows for f in fields)):
-            rows = plain
-    except csv.Error as error:
-        if not is_tsv:
-            raise UserError(f"{path}: line {lines[reader.line_num - 1][0]} is no CSV ({error})") from error
-        rows = plain
-    columns = [name.strip() for name in rows[0][1]]
-    for what in ("path", needed):
-        if not set(columns) & set(COLUMNS[what]):
-            names, parted = " or ".join(COLUMNS[what]), "tabs" if is_tsv else "commas, semicolons or tabs"
-            raise UserError(f"{path}: its first line names no column {names}; columns are separated by {parted}")
-    for number, fields in rows[1:]:
-        if any(fields[len(columns) :]):
-            skip(f"{path}: line {number} has {len(fields)} fields, more than the first line")
-        else:
-            yield number, dict(zip(columns, fields))
-
-
-def _objects(path, skip):
-    """(line, entry) of each line of a file of JSON objects."""
-    for number, line in _lines(path):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict):
-            yield number, entry
-        else:
-            skip(f"{path}: line {number} is no JSON object")
-
-
-def read_slurp(root, files, task, skip):
-    """dataset/slurp/*.jsonl, a sentence a line with its recordings; those in slurp_real/ and slurp_synth/.
-
-    Each recording is an utterance. The class is scenario_action: the field `intent` lacks the scenario on some lines.
-    """
-    audio = [root / place / kind for kind in ("slurp_real", "slurp_synth") for place in ("", "audio", "scripts/audio")]
-    audio = [folder for folder in audio if folder.is_dir()]
-    if not audio:
-        raise UserError(f"{root}: holds no recordings in slurp_real/, audio/slurp_real/ or scripts/audio/slurp_real/")
-    for number, entry in _objects(files[0], skip):
-        try:
-            scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
-            names = [str(recording["file"]) for recording in entry["recordings"]]
-            if not is_name(scenario) or not is_name(action):
-                raise ValueError("scenario or action is no name")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            skip(f"{files[0]}: line {number} is not an annotation of SLURP's ({repr(error)[:200]})")
-            continue
-        for file in names:
-            if Path(file).name != file or not is_name(file):
-                skip(f"{files[0]}: line {number} names no recording of the corpus: {file[:80]!r}")
-                continue
-            yield Utterance(file, _first_file([folder / file for folder in audio]), 0.0, text, f"{scenario}_{action}")
-
-
-def _lines(path):
-    """(number, line) of each line of a UTF-8 text file that is not blank. Nothing but a newline ends a line."""
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        why = f"{error.reason} at byte {error.start}"
-        raise UserError(f"{path}: is not UTF-8 text ({why}); save it as UTF-8") from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _pairs(path):
-    """(number, key, rest) of each line of a text file of keys with something behind them, separated by white space."""
-    for number, line in _lines(path):
-        key, *rest = line.split(None, 1)
-        yield number, key, rest[0].strip() if rest else ""
-
-
-def _first_file(paths):
-    """The first of these paths that is a file; if none is, the first."""
-    return next(filter(os.path.isfile, paths), paths[0])  # unlike Path's, it has no error for a name that cannot be
-
-
-# --- Audio ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def opened(path, pipes=True):
-    """A soundfile.SoundFile, recognised by what is in the file and not by its name, and the file that it reads.
-
-    pipes: whether it may be a pipe or a device, which is read to its end. Raises UserError where it is missing, not
-    audio, or promises more than can be speech; also for what goes wrong in the context with it.
-    """
-    try:
-        is_file = stat.S_ISREG(os.stat(path).st_mode)
-        if not is_file and not pipes:
-            raise UserError(f"{path}: is no regular file")
-        with open(path, "rb") as source:
-            file = source if is_file else io.BytesIO(source.read())
-            # A descriptor is a third faster, and nothing is printed of damaged files. Windows' are a C runtime's own.
-            with soundfile.SoundFile(file.fileno() if is_file and os.name == "posix" else file, closefd=False) as sound:
-                if not 1_000 <= sound.samplerate <= 1_000_000 or sound.channels > 1_000:
-                    raise UserError(f"{path}: {sound.samplerate} Hz, {sound.channels} channels: no recording of speech")
-                if sound.frames == 2**63 - 1:
-                    raise UserError(f"{path}: its header does not say how long it is; convert it to a file that does")
-                if sound.frames > LONGEST * sound.samplerate:
-                    raise UserError(f"{path}: is longer than {LONGEST} s; cut it up")
-                yield sound, file
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: is missing") from error
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        why = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: is not readable audio ({why})") from error
-
-
-def read_audio(path):
-    """The whole file as float32 samples at 16 kHz, mono: (samples,). Other rates are resampled, channels averaged.
-
-    Raises UserError where it is missing, truncated, empty, not audio, or holds a value that is not finite.
-    """
-    with opened(path) as (sound, file):
-        pieces = []  # since a header may promise what the file does not hold, and some files cannot be sought in
-        while len(piece := sound.read(2**20, dtype="float32", always_2d=True)):
-            pieces.append(piece.mean(axis=1))
-        if not pieces:
-            raise UserError(f"{path}: is empty, or says so in its header")
-        samples = np.concatenate(pieces)
-        if len(samples) < sound.frames or is_truncated(sound, file, path):
-            raise UserError(f"{path}: is truncated")
-        if not np.isfinite(samples).all():
-            raise UserError(f"{path}: holds values that are not finite")
-        return resample(samples, sound.samplerate)
-
-
-def is_truncated(sound, file, path):
-    """Whether a file that has been read is only the beginning of one. Raises UserError where not all of it was read."""
-    # libsndfile notes a size that the file does not hold; one of 2 GB and more says that a pipe's writer did not know.
-    pattern = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: +(\d+) \(should be (\d+)\)"
-    sizes = [map(int, found) for found in re.findall(pattern, sound.extra_info, re.MULTILINE)]
-    remarks = re.search("truncated|lacks an end-of-stream bit|after the last page", sound.extra_info)
-    if remarks or any(real < said < 2**31 - 2**16 for said, real in sizes):
-        return True
-    read, size, _ = file.tell(), file.seek(0, os.SEEK_END), file.seek(0)
-    promised = re.search(rb"sample_count -i (\d+)", file.read(1024)) if sound.format == "NIST" else None
-    if sound.format in ("MP3", "OGG") and read < 0.9 * size:  # of a variable rate without a header, or chained
-        raise UserError(f"{path}: holds more than libsndfile reads of it; convert it to wav or flac")
-    return promised is not None and sound.frames < int(promised[1])
-
-
-def resample(samples, rate):
-    """Band-limited resampling to 16 kHz of (samples,) float32: its spectrum is cut, or extended by zeros."""
-    if rate == SAMPLE_RATE:
-        return samples
-    ratio = Fraction(rate).limit_denominator(SAMPLE_RATE) / SAMPLE_RATE
-    # With zeros behind the samples both lengths are products of 2, 3 and 5: a prime's FFT takes ten times longer.
-    needed, odd = math.ceil(len(samples) / ratio.numerator), [3**i * 5**j for i in range(5) for j in range(4)]
-    length = min(o << (math.ceil(needed / o) - 1).bit_length() for o in odd)
-    spectrum = np.fft.rfft(samples, length * ratio.numerator)
-    count = max(1, round(len(samples) / ratio))
-    return (np.fft.irfft(spectrum, length * ratio.denominator)[:count] / float(ratio)).astype(np.float32)
-
-
-def waveform(utterance):
-    """The samples of an utterance, normalised to zero mean and unit variance: (samples,) float32."""
-    samples = utterance.audio if isinstance(utterance.audio, np.ndarray) else read_audio(utterance.audio)
-    samples = resample(samples, SAMPLE_RATE * utterance.speed)
-    return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
-
-
-def pad(waveforms):
-    """Arrays of different length -> (batch, samples) float32 with zeros behind each, and lengths (batch,) int64."""
-    lengths = [len(w) for w in waveforms]
-    padded = np.zeros((len(waveforms), max(lengths)), np.float32)  # numpy's copies start no threads, unlike torch's
-    for row, w in zip(padded, waveforms):
-        row[: len(w)] = w
-    return torch.from_numpy(padded), torch.tensor(lengths)
-
-
-# --- Epochs and batches --------------------------------------------------------------------------------------------
+# --- Batches -------------------------------------------------------------------------------------------------------
 
 JITTER = 0.1  # of the lengths by which batches are formed
 
 
 def training_batches(utterances, shape, ctc, speed_perturbation, batch_seconds, rng, shortest_first=False):
-    """The batches of one epoch of training on utterances that are usable, in random order.
+    """The batches of one epoch of training on usable utterances, in random order.
 
-    frames: a function from samples to the frames that the model makes of them. ctc: whether the transcript must fit in.
-    speed_perturbation: utterances are played at random so much slower or faster, where they still fit.
+    shape, ctc: as for `usable`. speed_perturbation: as for `perturb_speed`, where that leaves an utterance usable.
     """
     if speed_perturbation:
         longest = max((u.seconds for u in utterances), default=0)
         played = zip(utterances, perturb_speed(utterances, speed_perturbation, rng))
-        utterances = [new if new.seconds <= longest and fits(new, shape, ctc) else old for old, new in played]
+        utterances = [old if new.seconds > longest or too_short(new, shape, ctc) else new for old, new in played]
     return batches(utterances, batch_seconds)[::-1] if shortest_first else batches(utterances, batch_seconds, rng)
-
-
-def usable(utterances, corpus, shape, ctc):
-    """The utterances that make enough frames; the others are skipped. Arguments as for `training_batches`."""
-    kept = []
-    for u in utterances:
-        if fits(u, shape, ctc):
-            kept.append(u)
-        else:
-            made, needed = max(0, shape.frames(round(u.seconds * SAMPLE_RATE))[-1]), frames_needed(u.text) if ctc else 1
-            corpus.skip(f"{u.name}: {u.seconds:.3f} s of audio make {made} frames; {needed} are needed")
-    return kept
-
-
-def fits(utterance, shape, ctc):
-    """Whether an utterance makes a frame and, for CTC, enough of them for its transcript."""
-    return shape.frames(round(utterance.seconds * SAMPLE_RATE))[-1] >= (frames_needed(utterance.text) if ctc else 1)
 
 
 def perturb_speed(utterances, change, rng):
     """The utterances slower by `change`, as they are, or faster, at random, with their pitch (Ko et al. 2015: 0.1)."""
     speeds = rng.choice([1 - change, 1.0, 1 + change], len(utterances)).tolist()
     return [replace(u, speed=speed, seconds=u.seconds / speed) for u, speed in zip(utterances, speeds)]
+
+
+def usable(utterances, corpus, shape, ctc):
+    """The utterances of which a model of this shape makes frames, with CTC enough for the text; others are skipped."""
+    reasons = [too_short(u, shape, ctc) for u in utterances]
+    for reason in filter(None, reasons):
+        corpus.skip(reason)
+    return [u for u, reason in zip(utterances, reasons) if reason is None]
+
+
+def too_short(utterance, shape, ctc):
+    """Why an utterance is too short for a model of this shape, or None."""
+    frames = max(0, shape.frames(round(utterance.seconds * SAMPLE_RATE))[-1])
+    needed = frames_needed(utterance.text) if ctc else 1
+    if frames < needed:
+        return f"{utterance.name}: {utterance.seconds:.3f} s of audio make {frames} frames; {needed} are needed"
+    return None
 
 
 def batches(utterances, seconds, rng=None):
@@ -558,16 +130,16 @@ def batches(utterances, seconds, rng=None):
     """
     jitter = rng.uniform(1 - JITTER, 1 + JITTER, len(utterances)) if rng else np.ones(len(utterances))
     order = np.argsort([-u.seconds * j for u, j in zip(utterances, jitter)], kind="stable")
-    found, longest = [], 0.0
+    filled, longest = [], 0.0
     for utterance in (utterances[i] for i in order):
         longest = max(longest, utterance.seconds)
-        if not found or longest * (len(found[-1]) + 1) > seconds:
-            found.append([])
+        if not filled or longest * (len(filled[-1]) + 1) > seconds:
+            filled.append([])
             longest = utterance.seconds
-        found[-1].append(utterance)
+        filled[-1].append(utterance)
     if rng:
-        rng.shuffle(found)
-    return found
+        rng.shuffle(filled)
+    return filled
 
 
 def load_batch(batch):
@@ -583,6 +155,15 @@ def load_batch(batch):
         except UserError as error:
             bad.append(str(error))
     return kept, *(pad(waveforms) if kept else (None, None)), bad
+
+
+def pad(waveforms):
+    """Arrays of different length -> (batch, samples) float32 with zeros behind each, and lengths (batch,) int64."""
+    lengths = [len(w) for w in waveforms]
+    padded = np.zeros((len(waveforms), max(lengths)), np.float32)  # numpy's copies start no threads, unlike torch's
+    for row, w in zip(padded, waveforms):
+        row[: len(w)] = w
+    return torch.from_numpy(padded), torch.tensor(lengths)
 
 
 # --- Text and errors -----------------------------------------------------------------------------------------------
@@ -674,16 +255,14 @@ def edit_distance(reference, hypothesis):
     return row[-1]
 
 
-def error_rate(references, hypotheses, split=str.split):
-    """Edits over reference length, of a whole corpus: of words, or of characters with split=list. It can exceed 1."""
-    edits = sum(edit_distance(split(r), split(h)) for r, h in zip(references, hypotheses, strict=True))
-    return edits / max(1, sum(len(split(r)) for r in references))
-
-
 def error_rates(references, hypotheses, characters=True):
-    """Of words and, where `characters`, which take longer, of characters."""
-    splits = {"word_error_rate": str.split} | ({"character_error_rate": list} if characters else {})
-    return {name: error_rate(references, hypotheses, split) for name, split in splits.items()}
+    """Edits over reference length, of the whole corpus: of words and, where `characters`, of characters, too."""
+    rates, splits = {}, {"word_error_rate": str.split} | ({"character_error_rate": list} if characters else {})
+    for name, split in splits.items():
+        pairs = [(split(r), split(h)) for r, h in zip(references, hypotheses, strict=True)]
+        edits = sum(edit_distance(reference, hypothesis) for reference, hypothesis in pairs)
+        rates[name] = edits / max(1, sum(len(reference) for reference, _ in pairs))  # can exceed 1
+    return rates
 
 
 def accuracies(references, hypotheses):
@@ -693,6 +272,427 @@ def accuracies(references, hypotheses):
         for half, name in ((0, "scenario_accuracy"), (-1, "action_accuracy")):
             right[name] = [h.split("_", 1)[half] == r.split("_", 1)[half] for h, r in zip(hypotheses, references)]
     return {name: sum(values) / len(values) for name, values in right.items()}
+
+
+# --- Corpora -------------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "dev", "test")
+USUAL = {"train": "train", "dev": "dev", "test": "test"}
+SUBSETS = {  # the folders or files that are each split, unless the user names others
+    "table": USUAL,
+    "SLURP": USUAL | {"dev": "devel"},
+    "LibriSpeech": {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"},
+    "Kaldi": USUAL,
+}
+TENTH = 10  # of a corpus without a dev split, every tenth speaker of its training split becomes the dev split
+
+
+def corpus_folder(path):
+    """The folder of a corpus, or None for "demo". Raises UserError where there is none."""
+    if str(path) == "demo":
+        return None
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: there is no such folder; --data takes a corpus's folder, or demo")
+    return Path(path)
+
+
+def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False, raw_text=False):
+    """The corpus at `path`, read in its own layout: tables and other manifests, SLURP, LibriSpeech, Kaldi's, or "demo".
+
+    task: "asr" (what is needed is `text`) or "slu" (`intent`). seed: of the demo's training split. raw_text: as for
+    `transcript`. subsets: {"train": "train-clean-100,train-clean-360", ...} overrides the names in SUBSETS, joined by
+    commas. splits: those that must be there, or without "train" among them one of them; the others stay empty.
+    Raises UserError for another layout, for a missing or empty split, and where over 1 % are bad and not `skip_bad`.
+    """
+    root, subsets = corpus_folder(path), {split: names for split, names in (subsets or {}).items() if names}
+    if root is None and subsets:
+        raise UserError("the demo corpus has no subsets to choose from")
+    if root is None:
+        return demo_corpus(task, seed, raw_text)
+    kind = layout(root, subsets, splits)
+    read = {"table": read_manifest, "SLURP": read_slurp, "LibriSpeech": read_librispeech, "Kaldi": read_kaldi}[kind]
+    files = files_of_splits(root, kind, subsets)
+    present = {split for split in SPLITS if split in subsets or all(files[split].values())}
+    needs_dev = "dev" in splits and "dev" not in present and ("train" in splits or "train" in present)
+    wanted = set(splits) - {"dev"} | {"train"} if needs_dev else set(splits)
+    if "train" not in splits:
+        wanted = wanted & present or wanted
+    corpus, dropped = Corpus(kind, skip_bad=skip_bad), Counter()
+    for split in sorted(wanted, key=SPLITS.index):
+        for name, paths in files[split].items():
+            if not paths:
+                place = root / (name + {"table": ".tsv", "SLURP": ".jsonl"}.get(kind, ""))
+                raise UserError(f"{place}: there is no such {split} subset; name what there is with --{split}")
+            for where, row in read(root, paths, task):
+                try:
+                    getattr(corpus, split).append(checked(where, row, task, corpus.announced, raw_text, dropped))
+                except UserError as error:
+                    corpus.skip(str(error))
+        if not getattr(corpus, split):
+            bad = [f"; the first of {len(corpus.skipped)} bad ones: {reason}" for reason in corpus.skipped][:1]
+            raise UserError(f"{root}: the {split} split has no usable utterance{''.join(bad)}")
+    corpus.size = len(corpus.train) + len(corpus.dev) + len(corpus.test) + len(corpus.skipped)
+    corpus.check()
+    if needs_dev:
+        take_dev(corpus, needed="train" in splits or not corpus.test)
+    if task == "asr" and dropped:
+        counts = ", ".join(f"{what} ({times})" for what, times in dropped.most_common())
+        counts = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in counts)
+        log.info("left out of the transcripts: %s; --raw-text keeps transcripts as they are", counts)
+    return corpus
+
+
+def layout(root, subsets, splits):
+    """The kind of the corpus in a folder: the first of SUBSETS of which there is a subset that is asked for.
+
+    If there is none, the kind of which there is another one, so that an error can say what is missing.
+    """
+    for kind, names in SUBSETS.items():
+        asked = ",".join((names | subsets)[split] for split in splits).split(",")
+        if any(subset_files(root, kind, glob.escape(name)) for name in asked):
+            return kind
+    for kind in reversed(SUBSETS):  # tables last: people have notes of all sorts in such files
+        if subset_files(root, kind, "*"):
+            return kind
+    if (root / "wav.scp").exists():
+        raise UserError(f"{root}: is one subset; give the folder around it, and name subsets by --train, --dev, --test")
+    layouts = "NAME.tsv, NAME.csv, NAME.jsonl, Kaldi's NAME/wav.scp, LibriSpeech's NAME/SPEAKER/CHAPTER/*.trans.txt"
+    raise UserError(f"{root}: is no known corpus; a subset is {layouts} or SLURP's dataset/slurp/NAME.jsonl")
+
+
+def files_of_splits(root, kind, subsets):
+    """{split: {name of a subset: its files}}."""
+    names = SUBSETS[kind] | subsets
+    if kind == "table" and "dev" not in subsets:
+        names["dev"] = next((n for n in ("dev", "validation", "valid") if subset_files(root, kind, n)), "dev")
+    return {
+        split: {name: subset_files(root, kind, glob.escape(name)) for name in joined.split(",")}
+        for split, joined in names.items()
+    }
+
+
+def subset_files(root, kind, name):
+    """The files that make a subset. Of tables, the first is read. name: a pattern of glob's."""
+    if kind == "Kaldi":
+        return listed(root, f"{name}/wav.scp")
+    if kind == "LibriSpeech":
+        return listed(root, f"{name}/*/*/*.trans.txt")
+
+    def is_slurp(path):
+        with open(path, "rb") as file:
+            return re.search(rb'"recordings"\s*:', file.read(2**16)) is not None
+
+    if kind == "SLURP":
+        return [*filter(is_slurp, listed(root, f"dataset/slurp/{name}.jsonl") + listed(root, f"{name}.jsonl"))]
+    endings = [".tsv", ".csv", ".jsonl"] + [".json"] * (name != "*")  # anything may have notes of its own in .json
+    paths = listed(root, f"{name}.*")
+    return [p for ending in endings for p in paths if p.suffix.lower() == ending and not is_slurp(p)]
+
+
+def listed(folder, pattern):
+    """The files in a folder that match a pattern, sorted: no pipes, and no names with a dot first, as macOS leaves."""
+    paths = (folder / path for path in sorted(glob.glob(pattern, root_dir=folder)))
+    return [path for path in paths if path.is_file()]
+
+
+def take_dev(corpus, needed):
+    """Make every tenth training speaker the dev split; `needed`: UserError where the training split is too small.
+
+    Every tenth utterance instead, where a speaker is not known or those speakers have over half of the training split.
+    """
+    for what, key in (("speaker", lambda u: u.speaker), ("utterance", lambda u: u.name)):
+        taken = set(sorted({key(u) for u in corpus.train})[::TENTH])
+        dev, train = ([u for u in corpus.train if (key(u) in taken) == is_dev] for is_dev in (True, False))
+        if "" not in map(key, corpus.train) and len(dev) <= len(train):
+            corpus.dev, corpus.train = dev, train
+            log.info("there is no dev split: every tenth training %s is one, %d utterances", what, len(dev))
+            return
+    if needed:
+        raise UserError("there is no dev split, and the training split is too small to lend one; add one")
+
+
+def checked(where, row, task, announced, raw_text=False, dropped=None):
+    """The Utterance of a reader's row, with its file's length and its `transcript`. Raises UserError where it is bad.
+
+    where: file and line, for errors. row: an Utterance, its audio the paths at which its file may be, or what is wrong
+    with the row. announced: a set of the changes of audio that have been logged.
+    """
+    if isinstance(row, str):
+        raise UserError(f"{where} {row}")
+    if not is_name(row.name):
+        raise UserError(f"{where} has no path, or none that is text")
+    path = next(filter(os.path.isfile, row.audio), row.audio[0])  # which has no error for a name that cannot be
+    with opened(path, pipes=False) as (sound, _):
+        frames, rate, channels = sound.frames, sound.samplerate, sound.channels
+    if frames == 0:
+        raise UserError(f"{path}: is empty")
+    if 0 < row.seconds < frames / rate - 0.5:
+        raise UserError(f"{path}: only {row.seconds:g} s of its {frames / rate:g} are meant; cut recordings up")
+    change = [f"{rate} Hz, resampled to {SAMPLE_RATE}"] * (rate != SAMPLE_RATE)
+    change += [f"{channels} channels, mixed down"] * (channels > 1)
+    if change and tuple(change) not in announced:
+        announced.add(tuple(change))
+        log.info("%s: %s (said once for all such files)", path, "; ".join(change))
+    text = transcript(row.text, raw_text, dropped)
+    if task == "asr" and not text:
+        raise UserError(f"{row.name}: its transcript is empty")
+    if task == "slu" and not is_name(row.intent):
+        raise UserError(f"{row.name}: its intent is no name")
+    return replace(row, audio=path, text=text, seconds=frames / rate)
+
+
+# The readers take the corpus's folder, the files of a subset and the task, and yield (where, row) as `checked` takes
+# them.
+
+AUDIO = (".flac", ".wav", ".mp3", ".ogg", ".opus")  # the endings of LibriSpeech's audio
+
+
+def read_librispeech(root, files, task):
+    """SUBSET/SPEAKER/CHAPTER/ID.flac (or .wav, ...); the texts of a chapter in its .trans.txt, `ID TEXT` a line."""
+    if task == "slu":
+        raise UserError(f"{root}: LibriSpeech has no intents; use --task asr, or another corpus for --task slu")
+    for transcripts in files:
+        chapter = transcripts.parent
+        audio = {path.stem: path for path in reversed(listed(chapter, "*.*")) if path.suffix.lower() in AUDIO}
+        for where, name, text in _pairs(transcripts):
+            path = audio.get(name, chapter / f"{name}.flac")
+            row = Utterance(name, [path], 0.0, text, speaker=chapter.parent.name)
+            yield where, row if Path(name).name == name and name != ".." else "is not `ID TEXT`"
+
+
+def read_kaldi(root, files, task):
+    """SUBSET/wav.scp, `ID PATH` a line, SUBSET/text, `ID TEXT`, SUBSET/utt2spk, and SUBSET/utt2intent or text for it.
+
+    Paths are from the corpus's folder, or from the current one: recipes write them from where they run.
+    """
+    folder, tables = files[0].parent, {}
+    if (folder / "segments").exists():
+        raise UserError(f"{folder}: has segments; cut the recordings up, one file an utterance, and leave segments out")
+    for file in ("wav.scp", "utt2spk", "text", "utt2intent"):
+        tables[file] = {}
+        for where, name, value in _pairs(folder / file) if (folder / file).is_file() else ():
+            if name in tables[file]:
+                yield where, f"has {name} once more"
+            tables[file].setdefault(name, value)
+    audio, speakers, texts, intents = tables.values()
+    needed, file = (texts, "text") if task == "asr" or not intents else (intents, "utt2intent")
+    if task == "slu" and not intents:
+        log.info("%s: has no utt2intent; the text of an utterance is its intent", folder)
+        intents = texts
+    for name in sorted(texts.keys() - audio.keys()):
+        yield f"{folder / 'wav.scp'}:", f"has no line for {name}"
+    for name, value in audio.items():
+        where, no_audio = f"{folder / 'wav.scp'}: {name}", re.search(r"\.ark:\d+|\|$|^$", value)
+        if no_audio:
+            problems = {"": "has no path", "|": "is a command, and no command is run; write its audio to a file"}
+            archive = "is in a Kaldi archive, which is not read; write its audio to a file"
+            yield where, problems.get(no_audio[0], archive)
+        elif name not in needed:
+            yield f"{folder / file}:", f"has no line for {name}"
+        else:
+            paths, more = [root / value, Path(value)], (intents.get(name, ""), speakers.get(name, ""))
+            yield where, Utterance(name, paths, 0.0, texts.get(name, ""), *more)
+
+
+COLUMNS = {  # of a manifest: the names by which a column goes
+    "path": ("path", "audio_filepath", "file_name", "filename", "audio_file"),
+    "text": ("sentence", "text", "transcription", "transcript"),
+    "intent": ("intent",),
+    "speaker": ("speaker", "client_id", "speaker_id"),
+}
+
+
+def read_manifest(root, files, task):
+    """NAME.tsv, .csv, .jsonl or .json: Common Voice's, NeMo's, pandas'. COLUMNS are read of each row or object.
+
+    Audio is in the corpus's folder, in clips/ in it, or beside; the paths of Common Voice once lacked its .mp3.
+    """
+    path, needed = files[0], "text" if task == "asr" else "intent"
+    is_json = path.suffix.lower() in (".jsonl", ".json")
+    for where, row in _objects(path) if is_json else _rows(path, needed):
+        if isinstance(row, str):
+            yield where, row
+            continue
+        row = {key: str(value).strip() for key, value in row.items() if type(value) in (str, int, float)}
+        cells = {what: next((row[key] for key in keys if row.get(key)), "") for what, keys in COLUMNS.items()}
+        name = cells.pop("path")
+        if any(row.get(key, "").strip("+-0.") for key in ("offset", "start", "start_time")):
+            raise UserError(f"{where} is a part of {name}; cut recordings up, one file an utterance")
+        if not cells[needed]:
+            yield where, f"has no {needed}, or none that is text"
+            continue
+        seconds = 0.0
+        with contextlib.suppress(ValueError):  # where a manifest has offsets, a first part begins at 0
+            seconds = float(row.get("duration", 0) if "offset" in row else 0)
+        folders = (root, root / "clips", path.parent)
+        yield where, Utterance(name, [f / f"{name}{end}" for end in ("", ".mp3") for f in folders], seconds, **cells)
+
+
+def _rows(path, needed):
+    """(where, {column: field}) of each row of a table. Raises UserError where it has no path, or not what is needed."""
+    lines, is_tsv = _lines(path) or [("", "")], path.suffix.lower() == ".tsv"
+    delimiter = "\t" if is_tsv else next((d for d in ",;\t" if d in lines[0][1]), ",")
+    csv.field_size_limit(2**31 - 1)  # pandas writes whole arrays
+    reader = csv.reader((line + "\n" for _, line in lines), delimiter=delimiter, strict=True)
+    unquoted = [(where, line.rstrip("\r").split("\t")) for where, line in lines]
+    try:
+        rows = [(lines[reader.line_num - 1][0], fields) for fields in reader]
+        # Common Voice's quotation marks are its sentences', and those of two may look like a pair.
+        ragged = [len({len(fields) for _, fields in each}) > 1 for each in (rows, unquoted)]
+        if is_tsv and (ragged == [True, False] or any("\t" in f and "\n" in f for _, fields in rows for f in fields)):
+            rows = unquoted
+    except csv.Error as error:
+        if not is_tsv:
+            raise UserError(f"{lines[reader.line_num - 1][0]} is no CSV ({error})") from error
+        rows = unquoted
+    columns = [name.strip() for name in rows[0][1]]
+    for what in ("path", needed):
+        if not set(columns) & set(COLUMNS[what]):
+            names, separators = " or ".join(COLUMNS[what]), "tabs" if is_tsv else "commas, semicolons or tabs"
+            raise UserError(f"{path}: its first line names no column {names}; columns are separated by {separators}")
+    for where, fields in rows[1:]:
+        is_long = any(fields[len(columns) :])
+        yield where, f"has {len(fields)} fields, more than the first line" if is_long else dict(zip(columns, fields))
+
+
+def _objects(path):
+    """(where, entry) of each line of a file of JSON objects."""
+    for where, line in _lines(path):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        yield where, entry if isinstance(entry, dict) else "is no JSON object"
+
+
+def read_slurp(root, files, task):
+    """dataset/slurp/*.jsonl, a sentence a line with its recordings; those in slurp_real/ and slurp_synth/.
+
+    Each recording is an utterance. The class is scenario_action: the field `intent` lacks the scenario on some lines.
+    """
+    audio = [root / place / kind for kind in ("slurp_real", "slurp_synth") for place in ("", "audio", "scripts/audio")]
+    audio = [folder for folder in audio if folder.is_dir()]
+    if not audio:
+        raise UserError(f"{root}: holds no recordings in slurp_real/, audio/slurp_real/ or scripts/audio/slurp_real/")
+    for where, entry in _objects(files[0]):
+        try:
+            scenario, action, text = (str(entry[key]) for key in ("scenario", "action", "sentence"))
+            names = [str(recording["file"]) for recording in entry["recordings"]]
+            if not is_name(scenario) or not is_name(action):
+                raise ValueError("scenario or action is no name")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            yield where, entry if isinstance(entry, str) else f"is no annotation of SLURP's ({repr(error)[:200]})"
+            continue
+        for file in names:
+            if Path(file).name != file or not is_name(file):
+                yield where, f"names no recording of the corpus: {file[:80]!r}"
+            else:
+                yield where, Utterance(file, [folder / file for folder in audio], 0.0, text, f"{scenario}_{action}")
+
+
+def _lines(path):
+    """(file and number, line) of each line of a UTF-8 text file that is not blank. Only a newline ends a line."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        why = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path}: is not UTF-8 text ({why}); save it as UTF-8") from error
+    return [(f"{path}: line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _pairs(path):
+    """(where, key, rest) of each line of a text file of keys with something behind them, separated by white space."""
+    for where, line in _lines(path):
+        key, *rest = line.split(None, 1)
+        yield where, key, rest[0].strip() if rest else ""
+
+
+# --- Audio ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path, pipes=True):
+    """A soundfile.SoundFile, recognised by what is in the file and not by its name, and the file that it reads.
+
+    pipes: whether it may be a pipe or a device, which is read to its end. Raises UserError where it is missing, not
+    audio, or promises more than can be speech; also for what goes wrong in the context with it.
+    """
+    try:
+        is_file = stat.S_ISREG(os.stat(path).st_mode)
+        if not is_file and not pipes:
+            raise UserError(f"{path}: is no regular file")
+        with open(path, "rb") as source:
+            file = source if is_file else io.BytesIO(source.read())
+            # A descriptor is a third faster, and nothing is printed of damaged files. Windows' are a C runtime's own.
+            with soundfile.SoundFile(file.fileno() if is_file and os.name == "posix" else file, closefd=False) as sound:
+                if not 1_000 <= sound.samplerate <= 1_000_000 or sound.channels > 1_000:
+                    raise UserError(f"{path}: {sound.samplerate} Hz, {sound.channels} channels: no recording of speech")
+                if sound.frames == 2**63 - 1:
+                    raise UserError(f"{path}: its header does not say how long it is; convert it to a file that does")
+                if sound.frames > LONGEST * sound.samplerate:
+                    raise UserError(f"{path}: is longer than {LONGEST} s; cut it up")
+                yield sound, file
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing") from error
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        why = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: is not readable audio ({why})") from error
+
+
+def read_audio(path):
+    """The whole file as float32 samples at 16 kHz, mono: (samples,). Other rates are resampled, channels averaged.
+
+    Raises UserError where it is missing, truncated, empty, not audio, or holds a value that is not finite.
+    """
+    with opened(path) as (sound, file):
+        pieces = []  # since a header may promise what the file does not hold, and some files cannot be sought in
+        while len(piece := sound.read(2**20, dtype="float32", always_2d=True)):
+            pieces.append(piece.mean(axis=1))
+        if not pieces:
+            raise UserError(f"{path}: is empty, or says so in its header")
+        samples = np.concatenate(pieces)
+        if len(samples) < sound.frames or is_truncated(sound, file, path):
+            raise UserError(f"{path}: is truncated")
+        if not np.isfinite(samples).all():
+            raise UserError(f"{path}: holds values that are not finite")
+        return resample(samples, sound.samplerate)
+
+
+def is_truncated(sound, file, path):
+    """Whether a file that has been read is only the beginning of one. Raises UserError where not all of it was read."""
+    # libsndfile notes a size that the file does not hold; one of 2 GB and more says that a pipe's writer did not know.
+    pattern = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: +(\d+) \(should be (\d+)\)"
+    sizes = [map(int, found) for found in re.findall(pattern, sound.extra_info, re.MULTILINE)]
+    remarks = re.search("truncated|lacks an end-of-stream bit|after the last page", sound.extra_info)
+    if remarks or any(real < said < 2**31 - 2**16 for said, real in sizes):
+        return True
+    read, size, _ = file.tell(), file.seek(0, os.SEEK_END), file.seek(0)
+    promised = re.search(rb"sample_count -i (\d+)", file.read(1024)) if sound.format == "NIST" else None
+    if sound.format in ("MP3", "OGG") and read < 0.9 * size:  # of a variable rate without a header, or chained
+        raise UserError(f"{path}: holds more than libsndfile reads of it; convert it to wav or flac")
+    return promised is not None and sound.frames < int(promised[1])
+
+
+def resample(samples, rate):
+    """Band-limited resampling to 16 kHz of (samples,) float32: its spectrum is cut, or extended by zeros."""
+    if rate == SAMPLE_RATE:
+        return samples
+    ratio = Fraction(rate).limit_denominator(SAMPLE_RATE) / SAMPLE_RATE
+    # With zeros behind the samples both lengths are products of 2, 3 and 5: a prime's FFT takes ten times longer.
+    needed, odd = math.ceil(len(samples) / ratio.numerator), [3**i * 5**j for i in range(5) for j in range(4)]
+    length = min(o << (math.ceil(needed / o) - 1).bit_length() for o in odd)
+    spectrum = np.fft.rfft(samples, length * ratio.numerator)
+    count = max(1, round(len(samples) / ratio))
+    return (np.fft.irfft(spectrum, length * ratio.denominator)[:count] / float(ratio)).astype(np.float32)
+
+
+def waveform(utterance):
+    """The samples of an utterance, normalised to zero mean and unit variance: (samples,) float32."""
+    samples = utterance.audio if isinstance(utterance.audio, np.ndarray) else read_audio(utterance.audio)
+    samples = resample(samples, SAMPLE_RATE * utterance.speed)
+    return (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
 
 
 # --- The demo corpus: a source-filter synthesiser ------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_audio_of_any_format_is_known_by_what_is_in_it(tmp_path, ending, options
     path = tmp_path / (name + f".{ending}" if name == "x" else name)
     (tmp_path / f"x.{ending}").rename(path)
     assert np.allclose(data.read_audio(path), expected, atol=1e-5)
-    assert data.measured(data.Utterance("", path, 0.0, "a"), "asr", set()).seconds == pytest.approx(
+    assert data.checked("", data.Utterance("x", [path], 0.0, "a"), "asr", set()).seconds == pytest.approx(
         len(expected) / 16_000
     )
 
@@ -167,7 +167,7 @@ def test_audio_of_which_libsndfile_reads_a_part_is_refused(tmp_path):
     header[21] &= 0xF0
     header[22:26] = bytes(4)
     path.write_bytes(header)
-    for read in (data.read_audio, lambda path: data.measured(data.Utterance("", path, 0.0, "a"), "asr", set())):
+    for read in (data.read_audio, lambda path: data.checked("", data.Utterance("x", [path], 0.0, "a"), "asr", set())):
         with pytest.raises(UserError, match="does not say how long"):
             read(path)
 
@@ -358,13 +358,13 @@ def test_edit_distance_is_the_shortest_path():
 
 def test_error_rates_are_over_the_whole_corpus():
     references, hypotheses = ["THE CAT SAT", "YES"], ["THE BAT SAT DOWN", ""]
-    assert data.error_rate(references, hypotheses) == 3 / 4  # one substitution, one insertion, one deletion
-    assert data.error_rate(["AB"], ["ACB"], split=list) == 1 / 2
-    assert data.error_rate(references, references) == 0
+    assert data.error_rates(references, hypotheses)["word_error_rate"] == 3 / 4  # one substitution, one insertion, one deletion
+    assert data.error_rates(["AB"], ["ACB"])["character_error_rate"] == 1 / 2
+    assert set(data.error_rates(references, references).values()) == {0}
     assert data.error_rates(references, hypotheses, characters=False) == {"word_error_rate": 3 / 4}
     assert data.error_rates(["AB"], ["ACB"]) == {"word_error_rate": 1, "character_error_rate": 1 / 2}
     with pytest.raises(ValueError, match="argument"):
-        data.error_rate(["A"], [])
+        data.error_rates(["A"], [])
 
 
 # --- Corpora ---
@@ -824,11 +824,11 @@ def test_what_is_left_out_of_transcripts_is_said_once_with_how_often(tmp_path, c
 
 
 def test_the_folder_of_a_corpus(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     assert data.corpus_folder("demo") is None
-    assert data.corpus_folder("~/mine") == tmp_path / "mine"
-    for path in ("~/nowhere", "x" * 5_000, "~nobody-has-this-name/x"):
+    assert str(data.corpus_folder("mine")) == "mine"
+    for path in ("nowhere", "x" * 5_000):
         with pytest.raises(UserError, match="no such folder"):
             data.corpus_folder(path)
 
@@ -1017,7 +1017,7 @@ def test_audio_headers_that_promise_too_much_are_refused_before_anything_is_allo
         data.read_audio(path)
     if (rate, channels) != (16_000, 1):  # of that one, libsndfile tells what the file really holds
         with pytest.raises(UserError, match="no recording of speech|not readable"):
-            data.measured(data.Utterance("x", path, 0.0), "slu", set())
+            data.checked("", data.Utterance("x", [path], 0.0), "slu", set())
 
 
 def test_what_is_skipped_is_said_without_control_characters(caplog):
@@ -1046,14 +1046,11 @@ def test_speed_perturbation_plays_audio_faster_or_slower_with_its_pitch():
 
 
 def test_an_epoch_has_every_utterance_once_and_no_speed_that_does_not_fit():
-    def frames(samples):
-        return samples // 320
-
-    needed = data.frames_needed("ZERO") * 320 / 16_000
+    needed = (399 + data.frames_needed("ZERO") * 320) / 16_000
     utterances = [data.Utterance("fits", None, needed, "ZERO"), data.Utterance("long", None, 30.0, "ZERO")]
     seen = set()
     for seed in range(20):
-        batches = data.training_batches(utterances, frames, True, 0.5, 40.0, np.random.default_rng(seed))
+        batches = data.training_batches(utterances, BASE, True, 0.5, 40.0, np.random.default_rng(seed))
         found = {u.name: u.speed for batch in batches for u in batch}
         assert set(found) == {"fits", "long"}
         assert found["fits"] <= 1 <= found["long"]
@@ -1072,10 +1069,10 @@ def test_utterances_too_short_for_a_frame_or_their_transcript_are_skipped():
         utterance("repeat", 720, "AA"),
         utterance("fits", 720, "AB"),
     ]
-    corpus, frames = data.Corpus("x"), lambda samples: BASE.frames(samples)[-1]
-    assert [u.name for u in data.usable(utterances, corpus, frames, ctc=True)] == ["one frame", "fits"]
+    corpus = data.Corpus("x")
+    assert [u.name for u in data.usable(utterances, corpus, BASE, ctc=True)] == ["one frame", "fits"]
     assert len(corpus.skipped) == 3
-    usable = data.usable(utterances, data.Corpus("x"), frames, ctc=False)
+    usable = data.usable(utterances, data.Corpus("x"), BASE, ctc=False)
     assert [u.name for u in usable] == ["one frame", "two letters", "repeat", "fits"]
 
 

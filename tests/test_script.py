@@ -101,7 +101,7 @@ def test_a_whole_run(small, capsys, tmp_path, task, method):
         found.append(tmp_path / f"{i}.wav")
     predicted = model.predict(found)
     if task == "asr":
-        assert report["metric"]["test"] == data.error_rate([u.text for u in corpus.test], predicted)
+        assert report["metric"]["test"] == data.error_rates([u.text for u in corpus.test], predicted)["word_error_rate"]
     else:
         assert report["metric"]["test"] == sum(p == u.intent for p, u in zip(predicted, corpus.test)) / len(corpus.test)
     status, printed, _ = run(capsys, "--predict", out / "model.pt", *found)
