@@ -430,7 +430,7 @@ def curve(history, report):
     colours = ("#36c", "#292")
     lines = [(f"dev {metric.replace('_', ' ')}", 30, "#c33", lambda entry: entry["dev"] / highest)]
     for i, constraint in enumerate(constraints):
-        lines.append((constraint.name, 230, colours[i], lambda entry, i=i: entry["expected"][i]))
+        lines.append((f"{constraint.name} kept", 230, colours[i], lambda entry, i=i: entry["expected"][i]))
     lines.append(("target", 230, "#999", lambda entry: entry["target"]))
     before = report["metrics"]["dense"]
     levels = [("before pruning", 30, before["dev"][metric] / highest)] if before else []
@@ -440,11 +440,11 @@ def curve(history, report):
         return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{words}</text>'
 
     right, middle = 'text-anchor="end"', 'text-anchor="middle"'
-    title = f"{report['task']}, method {report['method']}, budget {report['budget']:g}: dev error, and expected cost"
+    title = f"{report['task']}, method {report['method']}, budget {report['budget']:g}"
     shapes = [text(50, 18, title, 'font-weight="bold"'), text(350, 438, "updates", middle)]
     for top, whole in ((30, highest), (230, 1)):
         shapes.append(f'<rect x="50" y="{top}" width="600" height="160" fill="none" stroke="#ccc"/>')
-        shapes += [text(45, top + 164 - 160 * part, f"{whole * part:.3g}", right) for part in (0, 0.5, 1)]
+        shapes += [text(45, top + 164 - 160 * part, f"{100 * whole * part:.3g} %", right) for part in (0, 0.5, 1)]
     for name, top, level in levels:
         y = top + 160 * (1 - level)
         shapes += [f'<path d="M50 {y:.1f}h600" stroke="#333" stroke-dasharray="4"/>']
@@ -1029,8 +1029,6 @@ def model_to_prune(options, checkpoint, corpus):
         encoder = checkpoint.encoder() if checkpoint else Wav2Vec2(SMALL)
         return SpeechModel(encoder, options.task, labels, options.raw_text), False
     model = checkpoint.model(raw_text=options.raw_text)
-    if model.raw_text != options.raw_text:
-        raise UserError(f"{options.checkpoint}: was trained on transcripts as they are; give --raw-text")
     new = [label for label in labels if label not in model.outputs]
     if new:
         log.info("%s: its head had no output for %s; they are added", options.checkpoint, " ".join(new))
@@ -1093,7 +1091,7 @@ def evaluate_model(options):
 
 def load_to_use(path, options):
     """A model.pt on the device and in the precision that the options name."""
-    model = read_checkpoint(path).model(raw_text=options.raw_text).to(usable_device(options.device))
+    model = read_checkpoint(path).model(raw_text=options.raw_text or None).to(usable_device(options.device))
     model.dtype = DTYPES[options.dtype]
     check_precision(model)
     return model

@@ -504,17 +504,18 @@ class Checkpoint:
         weights = {key.removeprefix("encoder."): w for key, w in self.weights.items() if key.startswith("encoder.")}
         return self._filled(lambda: Wav2Vec2(self.shape, self.dense), weights)
 
-    def model(self, gated=(), raw_text=False):
+    def model(self, gated=(), raw_text=None):
         """The SpeechModel, in evaluation mode, units of these kinds gated. Raises as `encoder`, and without a head.
 
-        Characters become those of normalised transcripts, unless raw_text or the checkpoint leaves transcripts as they
-        are, or there is such an output already.
+        raw_text: whether transcripts are to be left as they are; None: as the checkpoint has it. Otherwise characters
+        become those of normalised transcripts, unless there is such an output already.
         """
         if self.task is None:
             what = "give a model.pt that sslprune wrote, or a CTC model with the vocab.json of its head beside it"
             raise UserError(f"{self.path}: holds no head for a task; {what}")
-        if raw_text and self.raw_text is False:
-            raise UserError(f"{self.path}: was trained on normalised transcripts; leave out --raw-text")
+        if None not in (raw_text, self.raw_text) and raw_text != self.raw_text:
+            how = "as they are; give" if self.raw_text else "normalised; leave out"
+            raise UserError(f"{self.path}: was trained on transcripts {how} --raw-text")
         labels, raw_text = self.labels, bool(raw_text or self.raw_text)
         if self.task == "asr" and not raw_text:
             if len({label.upper() for label in labels}) < len(labels):

@@ -865,6 +865,12 @@ def test_characters_stay_as_they_are_with_raw_text(golden, tmp_path):
     save_model(model, tmp_path / "model.pt")
     again = load(tmp_path / "model.pt")
     assert again.raw_text and again.labels == model.labels
+    with pytest.raises(UserError, match="as they are; give --raw-text"):
+        read_checkpoint(tmp_path / "model.pt").model(raw_text=False)
+    (tmp_path / "normal").mkdir()
+    save_model(SpeechModel(tiny(), "asr", ["<pad>", "|", "A"]), tmp_path / "normal" / "model.pt")
+    with pytest.raises(UserError, match="normalised; leave out --raw-text"):
+        read_checkpoint(tmp_path / "normal").model(raw_text=True)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
