@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HERE, tiny, write_safetensors
+from conftest import HERE, LETTERS, tiny, write_safetensors
 from test_checkpoints import refused
 from test_script import FAST, report_of, run
 from test_users import make_table
@@ -19,7 +19,7 @@ import sslprune
 from flops import BASE, cost
 from frontend import LayerNormFrontend
 from gates import KINDS, METHODS, HardConcrete, check_budget, harden
-from transformer import SpeechModel, Wav2Vec2, load, load_pretrained
+from transformer import SpeechModel, Wav2Vec2, exported, load, load_pretrained
 
 GOLDEN = torch.load(HERE / "families.pt", weights_only=True)
 LAYOUTS = json.loads(zlib.decompress(GOLDEN["layouts"]))
@@ -319,6 +319,28 @@ def test_a_model_of_each_family_is_pruned_end_to_end_and_resumes(small, capsys, 
     recording = next(path for path in corpus.rglob("*") if path.suffix == ".mp3")
     assert run(capsys, "--predict", tmp_path / "run" / "model.pt", recording)[0] == 0
     assert "what each layer kept" in run(capsys, "--describe", tmp_path / "run" / "model.pt")[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_usual_tools_take_a_sliced_model_with_all_that_is_new(tmp_path):
+    """LayerNorms in the frontend, pre-norm layers and relative positions: traced, exported, quantized, hooked."""
+    encoder = family_model(tmp_path, "wavlm_large", KINDS["mac"]).float().slice()
+    model, seen = SpeechModel(encoder, "asr", LETTERS).eval(), []
+    x, n, y, k = torch.randn(2, 4_000), torch.tensor([4_000, 2_500]), torch.randn(3, 5_000), torch.tensor([5_000] * 3)
+    with torch.no_grad():
+        expected, _ = model(y, k)
+        assert (torch.jit.trace(model, (x, n))(y, k)[0] - expected).abs().max() < 1e-5
+        assert (exported(model).module()(y, k)[0][:, : expected.shape[1]] - expected).abs().max() < 1e-5
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        assert (quantized(y, k)[0] - expected).norm() < 0.1 * expected.norm()
+        kinds = nn.Linear, nn.Conv1d, nn.LayerNorm, nn.Embedding
+        parts = [part for part in model.modules() if isinstance(part, kinds)]
+        for part in parts:
+            part.register_forward_hook(lambda part, *_: seen.append(part))
+        model(y, k)
+    assert {id(part) for part in seen} == {
+        id(part) for part in parts if part is not model.encoder.layers[0].attention.position_linear
+    }  # whose layer lost all its heads
 
 
 def test_a_plain_model_says_nothing_of_positions():
