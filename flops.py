@@ -1,4 +1,4 @@
-"""The shape of a wav2vec2 model, dense or pruned, and what it costs: multiply-accumulates (MACs) and parameters.
+"""The shape of a model of the wav2vec2 family, dense or pruned, and what it costs: multiply-accumulates and parameters.
 
     python flops.py --seconds 30              # the table of wav2vec2-base, on 30 s of audio
     python sslprune.py --describe CHECKPOINT  # that of any checkpoint, dense or pruned
@@ -23,12 +23,12 @@ SAMPLES = SECONDS * SAMPLE_RATE
 
 
 class UserError(ValueError):
-    """What the user can mend. The message says in one line what is wrong, with which file or flag, and what to do."""
+    """A mistake that the user can fix. The message says in one line what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything that a wav2vec2 model's size depends on. Counts are integers, or 0-dimensional tensors when expected.
+    """Everything that a model's size depends on. Counts are integers, or 0-dimensional tensors when expected.
 
     channels, kernels, strides: output channels, kernel width and stride of each convolution of the frontend.
     width, head_width: features of the residual stream, and of one attention head.
@@ -186,7 +186,7 @@ def cost(shape, samples):
     gains = kernel  # weight norm has one for each tap
     position = Part(shape.position_frames(frames) * weights, weights + gains + width + layer_norm)
 
-    biases_and_norms = len(shape.heads) * (width + layer_norm)  # of the output: stay even where all is lost
+    biases_and_norms = len(shape.heads) * (width + layer_norm)  # stay even where a layer loses all heads or units
     features = sum(shape.heads) * shape.head_width
     attention_linear = Part(4 * frames * width * features, (4 * width + 3) * features + biases_and_norms)
     if shape.buckets:  # a table of all dense heads; 8 features of each head, with a bias; a scale for each head

@@ -33,7 +33,7 @@ from torch import nn
 from flops import SAMPLES, UserError, cost
 
 TOLERANCE = 0.002  # of the dense cost, which hardening may leave unused for the sake of whole groups
-# Units are kept in groups of so many, since odd sizes run slower (README, Speed): a register of AVX-512 holds 16 floats,
+# Units are kept in groups of so many, as odd sizes run slower (README, Speed): a register of AVX-512 holds 16 floats,
 # and a convolution works on two registers at a time. A layer whose size is not a multiple uses half the group size.
 ALIGN = {"units": 16, "heads": 1, "channels": 32}  # the finest kind first
 

@@ -1,4 +1,4 @@
-"""Structured pruning of wav2vec2 for one task, under a budget of MACs or parameters.
+"""Structured pruning of wav2vec2, HuBERT and WavLM for one task, under a budget of MACs or parameters.
 
     python sslprune.py --task asr --budget 0.5                    # the demo corpus, a small model trained from scratch
     python sslprune.py --task asr --budget 0.5 --checkpoint wav2vec2-base --data LibriSpeech
@@ -54,7 +54,7 @@ log = logging.getLogger("sslprune")
 # --- Recipes: how long and how fast to train; the flag of the same name sets each number --------------------------
 
 RECIPES = {
-    # wav2vec2-base. We could not run it to its end. Known recipes, for 100 hours of speech (DPHuBERT: 960):
+    # wav2vec2-base and larger. We could not run it to its end. Known recipes, for 100 hours of speech (DPHuBERT: 960):
     #   fairseq (base_100h.yaml)      1,600 s of audio an update, 80,000 updates: 356 passes; learning rate 3e-5
     #   transformers' CTC example     some 400 s; 3e-4, warmed up over 500 updates
     #   DPHuBERT, with a teacher      640 s, 50,000 updates: 9 passes; 2e-4, warmed up over 30 %, and then 1e-4

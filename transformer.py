@@ -1,9 +1,10 @@
-"""wav2vec2-base from scratch: the Transformer on top of the frontend, a task's head, and everyone's checkpoints.
+"""wav2vec2, HuBERT and WavLM from scratch: the Transformer on top of the frontend, a task's head, and checkpoints.
 
-    features -> + positional convolution -> LayerNorm -> 12 x [x = LN(x + attention(x)), x = LN(x + ffn(x))] -> head
+    base:   features -> + positional convolution -> LN -> 12 x [x = LN(x + attention(x)), x = LN(x + ffn(x))] -> head
+    large:  features -> + positional convolution -> 24 x [x = x + attention(LN(x)), x = x + ffn(LN(x))] -> LN -> head
 
-(Baevski et al. 2020, arXiv 2006.11477; HuBERT-base, Hsu et al. 2021, is the same network.) Not here: the pre-norm
-variant with LayerNorm in the frontend ("large-lv60"), the quantizer and the pre-training losses.
+(Baevski et al. 2020, arXiv 2006.11477; Hsu et al. 2021, arXiv 2106.07447; Chen et al. 2021, arXiv 2110.13900.) Not
+here: quantizers and the losses of pre-training.
 """
 
 import collections
