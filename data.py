@@ -408,7 +408,7 @@ def take_dev(corpus, needed):
             log.info("there is no dev split: every tenth training %s is one, %d utterances", what, len(dev))
             return
     if needed:
-        raise UserError("there is no dev split, and the training split is too small to lend one; add one")
+        raise UserError("there is no dev split, and the training split is too small to take one from; add one")
 
 
 def checked(where, row, task, announced, raw_text=False, dropped=None):

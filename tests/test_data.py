@@ -358,7 +358,7 @@ def test_edit_distance_is_the_shortest_path():
 
 def test_error_rates_are_over_the_whole_corpus():
     references, hypotheses = ["THE CAT SAT", "YES"], ["THE BAT SAT DOWN", ""]
-    assert data.error_rates(references, hypotheses)["word_error_rate"] == 3 / 4  # one substitution, one insertion, one deletion
+    assert data.error_rates(references, hypotheses)["word_error_rate"] == 3 / 4  # a substitution, an insertion, a deletion
     assert data.error_rates(["AB"], ["ACB"])["character_error_rate"] == 1 / 2
     assert set(data.error_rates(references, references).values()) == {0}
     assert data.error_rates(references, hypotheses, characters=False) == {"word_error_rate": 3 / 4}
@@ -533,7 +533,7 @@ def test_without_a_dev_split_every_tenth_speaker_is_lent_and_it_is_said(tmp_path
         corpus = open_corpus(root, "asr")
         assert (len(corpus.dev), len(corpus.train)) == (4, 29)
     path.write_text("\n".join(whole.split("\n")[:2]))
-    with pytest.raises(UserError, match="too small to lend"):
+    with pytest.raises(UserError, match="too small to take"):
         open_corpus(root, "asr")
 
 
@@ -552,7 +552,7 @@ def test_a_name_that_no_file_can_have_is_skipped(tmp_path):
 
 
 def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
-    """tests/experiment/corpora.py: no speaker of the test set is in another, and what a name says is what the table says."""
+    """No speaker of the test set is in another, and what a name says is what the table says."""
     for speaker in ("ann", "bob", "cyd"):
         for digit, take in ((7, 2), (7, 6), (8, 11), (0, 40)):
             speak(tmp_path / "digits" / "recordings" / f"{digit}_{speaker}_{take}.wav", rate=8_000)

@@ -135,7 +135,7 @@ def test_weights_packed_for_onednn_give_the_eager_output(model):
 
 
 def test_a_compiled_model_gives_the_eager_output():
-    """Up to the graph that a compiler gets: inductor takes its minutes for that, and is tried in tests/checks/bench.py."""
+    """Up to the graph that a compiler gets: inductor takes its minutes for that; tests/checks/bench.py tries it."""
     torch._dynamo.reset()
     model = SpeechModel(MODELS["pruned"](), "slu", LETTERS).eval()
     check(torch.compile(model, backend="eager", dynamic=True), model, SIZES[2:])

@@ -1,7 +1,7 @@
 """What a GPU is to do, for whoever has one: the same as the CPU, and how long wav2vec2-base's recipe takes on it.
 
     .venv/bin/python tests/checks/check_cuda.py                # some minutes, all GPUs that are there
-    .venv/bin/python tests/checks/check_cuda.py --device cpu   # the same on a CPU, with smaller updates, to try the script
+    .venv/bin/python tests/checks/check_cuda.py --device cpu   # a CPU, smaller updates: to try the script
 
 1. The features of the small model and of wav2vec2-base, in float32 and in bfloat16, against the CPU's in float32.
 2. A short run in each precision against the CPU's: the loss of the first updates, and the budget that is kept.

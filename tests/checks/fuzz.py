@@ -65,7 +65,7 @@ def make(kind, folder):
     soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, (4_000, 2)), 22_050)
 
     def read(path):
-        data.measured(data.Utterance("", path, 0.0, intent="x"), "slu", set())
+        data.checked("", data.Utterance("x", [path], 0.0, intent="x"), "slu", set())
         return data.read_audio(path)
 
     return path, read

@@ -1,6 +1,6 @@
 """Kill a run at random moments, resume it each time, and compare what it leaves with a run that was never disturbed.
 
-    python tests/checks/kills.py                   # 20 kills (SIGKILL) of a short run on the demo corpus, some ten minutes
+    python tests/checks/kills.py           # 20 kills (SIGKILL) of a short run on the demo corpus, some ten minutes
     python tests/checks/kills.py --kills 5 -- --task slu --budget 0.5 --method sepsize --dense-updates 60 ...
 
 Both runs are processes of their own, with the flags after `--`. Equal must be model.pt and dense.pt to the last bit,

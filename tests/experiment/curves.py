@@ -1,8 +1,8 @@
 """What the experiment says: differences with intervals, the verdict on the paper's claim, and the figure.
 
-    .venv/bin/python tests/experiment/curves.py                          # the README's, from tests/experiment/results.jsonl
-    .venv/bin/python tests/experiment/curves.py runs/results.jsonl       # your own, from tests/experiment/grid.py
-    .venv/bin/python tests/experiment/curves.py --draw-seeds             # intervals that are also over the seeds
+    .venv/bin/python tests/experiment/curves.py                     # the page's, from results.jsonl
+    .venv/bin/python tests/experiment/curves.py runs/results.jsonl  # your own, from grid.py
+    .venv/bin/python tests/experiment/curves.py --draw-seeds        # intervals that are also over the seeds
 
 prints the verdict and the table, as they stand in the README, and draws curve.svg beside the results.
 
@@ -106,7 +106,7 @@ def read(path):
         raise UserError(f"{path}: has no results; tests/experiment/grid.py makes them")
     for task, points in groups.items():
         if points and (("dense", 1.0) not in points or len(points) == 1):
-            raise UserError(f"{path}: has no dense reference and pruned point of {task}; tests/experiment/grid.py runs them")
+            raise UserError(f"{path}: has no dense reference and pruned point of {task}; grid.py runs them")
     return {
         task: {key: Point(list(seeds.values())) for key, seeds in points.items()}
         for task, points in groups.items()

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/experiment/grid.py slu tables/commands --results runs/results.jsonl --jobs 2
     .venv/bin/python tests/experiment/grid.py asr tables/strings --results runs/results.jsonl --jobs 2
-    .venv/bin/python tests/experiment/grid.py slu tables/commands --results runs/results.jsonl --only mac-0.5-0   # one point
+    .venv/bin/python tests/experiment/grid.py slu tables/commands --results runs/results.jsonl --only mac-0.5-0  # one
 
 A point is a method, a budget and a seed: a run of sslprune.py on one thread of the CPU, in runs/grid, with the flags
 below. Points that --results holds are not run again (another checkpoint, corpus or flags need another file), and an

@@ -1,7 +1,7 @@
 """Pretrains the small model on unlabelled speech: masked prediction of cluster numbers (HuBERT, Hsu et al. 2021).
 
     reference/bin/python tests/experiment/pretrain.py first --updates 4500 SPEECH
-    reference/bin/python tests/experiment/pretrain.py tests/experiment/pretrained --updates 2200 --teacher first --classes 200 SPEECH
+    reference/bin/python tests/experiment/pretrain.py pretrained --updates 2200 --teacher first --classes 200 SPEECH
     .venv/bin/python sslprune.py --task slu --budget 0.5 --checkpoint tests/experiment/pretrained --data tables/commands
 
 The model and its masks are those of `transformers` (HubertModel, with the sizes of flops.SMALL); the reference
@@ -9,12 +9,12 @@ environment needs that library and scikit-learn. The classes are k-means cluster
 layer's features of an earlier model, which this one then begins with. What is written is a Hugging Face folder like
 anyone's, in bfloat16.
 
-SPEECH for tests/experiment/pretrained, 12.8 hours, was: --corpus speechocean762 (the repository jimbozhang/speechocean762)
---corpus tables/commands (the test set of Speech Commands in thegtagamer/PICO-tinyML-benchmark, by tests/experiment/corpora.py),
-and all audio in --folder free-spoken-digit-dataset/recordings, data/speech/clean of
-Picovoice/speech-to-intent-benchmark and speech_data of zhongyuchen/DSPSpeech-20. Of a --corpus, which sslprune reads in
-its own layout, only the training split is used, without the speakers that it lends for dev. On one core of an AMD EPYC,
-an update takes 0.7 to 0.9 s.
+SPEECH for tests/experiment/pretrained, 12.8 hours, was: --corpus speechocean762 (the repository
+jimbozhang/speechocean762) --corpus tables/commands (the test set of Speech Commands in
+thegtagamer/PICO-tinyML-benchmark, by corpora.py), and all audio in --folder free-spoken-digit-dataset/recordings,
+data/speech/clean of Picovoice/speech-to-intent-benchmark and speech_data of zhongyuchen/DSPSpeech-20. Of a --corpus,
+which sslprune reads in its own layout, only the training split is used, without the speakers that become the dev split.
+On one core of an AMD EPYC, an update takes 0.7 to 0.9 s.
 """
 
 import argparse
