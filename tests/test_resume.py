@@ -3,21 +3,23 @@
 import copy
 import hashlib
 import itertools
+import logging
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HERE, LETTERS, TINY, as_processes, tiny
+from conftest import LETTERS, TINY, as_processes, tiny
 from test_data import make_librispeech, make_slurp
 from test_script import FAST, refused, report_of, run
 from torch import nn
@@ -31,16 +33,9 @@ RESUMABLE = (
     " --dense-updates 2 --prune-updates 3 --finetune-updates 2"
 ).split()
 
-SLOW = (  # a process that trains for long enough to be met in the middle
-    f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
-    "import data, sslprune; from conftest import TINY; from dataclasses import replace\n"
-    "data.DEMO_SIZES = {'train': 40, 'dev': 5, 'test': 6}; sslprune.SMALL = replace(TINY, units=(60,) * 3)\n"
-)
-
-
 def test_a_signal_during_an_evaluation_loses_nothing(small, capsys, monkeypatch, tmp_path):
     flags = (
-        "--task slu --budget 0.8 --dense-updates 2 --prune-updates 3 --finetune-updates 2 --evaluate-updates 1".split()
+        "--task slu --budget 0.8 --dense-updates 1 --prune-updates 2 --finetune-updates 1 --evaluate-updates 1".split()
     )
     moments, evaluate = [], sslprune.evaluate
     monkeypatch.setattr(sslprune, "evaluate", lambda *a, **more: moments.append(a) or evaluate(*a, **more))
@@ -180,7 +175,7 @@ def outcome(out):
 @pytest.mark.parametrize(
     ("task", "every", "arguments"),
     [
-        ("asr", 2, ["--budget", "0.8"]),
+        ("asr", 1, "--budget 0.8 --dense-updates 1 --prune-updates 2 --finetune-updates 1".split()),
         ("slu", 3, ["--budget", "0.8", "--method", "sepsize", "--accumulate", "2"]),
         ("asr", 4, ["--budget", "1"]),
     ],
@@ -192,7 +187,7 @@ def test_a_run_that_died_at_any_moment_ends_in_the_same_bits(
     corpus = {"asr": make_librispeech, "slu": make_slurp}[task](tmp_path / "corpus", count=6)
     bad = sorted(corpus.glob("slurp_real/audio-train-*.flac" if task == "slu" else "train-clean-100/*/*/*.flac"))[3]
     bad.write_bytes(bad.read_bytes()[:-200])  # truncated, which only training finds out
-    arguments = ["--task", task, "--data", corpus, "--skip-bad", "--save-seconds", "0", *arguments, *RESUMABLE]
+    arguments = ["--task", task, "--data", corpus, "--skip-bad", "--save-seconds", "0", *RESUMABLE, *arguments]
     saves, save, step = [], sslprune.Run.save, torch.optim.Adam.step
     monkeypatch.setattr(sslprune.Run, "save", lambda self: saves.append(self.phase) or save(self))
     assert run(capsys, *arguments, "--out", tmp_path / "whole")[0] == 0
@@ -345,32 +340,40 @@ def test_without_resume_a_run_that_died_is_left_alone_and_resume_named(dead, cap
     assert (tmp_path / "run" / "training.state").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]]
-)
-def test_a_signal_saves_the_run_and_says_how_to_go_on(tmp_path, numbers):
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
+def test_a_signal_saves_the_run_and_says_how_to_go_on(small, tmp_path, numbers):
     """To the whole group of processes, as schedulers and terminals send it: those that load audio are to live on."""
     updates = ["--dense-updates", "100000", "--prune-updates", "1", "--finetune-updates", "1", "--workers", "2"]
     arguments = ["--task", "asr", "--budget", "0.8", *updates, "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-c", SLOW + "sys.exit(sslprune.main(sys.argv[1:]))", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while "phase 1" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
-    time.sleep(1.5)
+    printed, errors, begun, step = *(tmp_path / name for name in ("printed", "errors", "begun")), torch.optim.Adam.step
+
+    def work():
+        os.setsid()
+        torch.optim.Adam.step = lambda self: step(self) or begun.touch()
+        logging.getLogger().handlers.clear()
+        sys.stdout, sys.stderr = open(printed, "w", buffering=1), open(errors, "w", buffering=1)  # noqa: SIM115
+        sys.exit(sslprune.main(arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    while not begun.exists():
+        assert process.is_alive(), errors.read_text()
+        time.sleep(0.05)
     for number in numbers:
         os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + numbers[0]
-    assert errors.count("\n") == 1
-    updates = int(re.search(rf"{numbers[0].name} .*\(at dense (\d+)/100000; .*--resume", errors)[1])
+    process.join(60)
+    assert process.exitcode == 128 + numbers[0]
+    (error,) = errors.read_text().splitlines()
+    updates = int(re.search(rf"{numbers[0].name} .*\(at dense (\d+)/100000; .*--resume", error)[1])
     state = sslprune.read_state(tmp_path / "run", sslprune.parse([*arguments, "--resume"]))
     assert state["run"]["update"] == updates > 0
 
 
 def test_a_disk_that_fills_up_while_training_leaves_the_last_state(small, tmp_path):
-    """A limit on the size of files is the nearest to a full disk that a test may make; Adam's moments do not fit."""
+    """A limit on the size of files is the nearest to a full disk that a test may make; Adam's moments do not fit.
+
+    Where nothing fits, no partial file is left.
+    """
     out, printed = tmp_path / "run", tmp_path / "printed.txt"
 
     def go(limit, *more):
@@ -381,6 +384,10 @@ def test_a_disk_that_fills_up_while_training_leaves_the_last_state(small, tmp_pa
 
         return as_processes(1, work, printed)
 
+    assert go(20_000) == [2]  # not even the weights fit
+    *_, error = printed.read_text().splitlines()
+    refused((2, "", error + "\n"), "training.state")
+    assert not list(out.iterdir())
     assert go(200_000) == [2]
     *_, error = printed.read_text().splitlines()
     refused((2, "", error + "\n"), "training.state", "large")
@@ -391,50 +398,37 @@ def test_a_disk_that_fills_up_while_training_leaves_the_last_state(small, tmp_pa
 
 # --- Many processes ---
 
-RANKS = SLOW + (
-    "from pathlib import Path; import torch, torch.distributed as dist\n"
-    "train, states = sslprune.train, []\n"
-    "def spy(run):\n"
-    "    states.append(torch.get_rng_state())\n"
-    "    train(run)\n"
-    "    if run.phase == 'prune':\n"
-    "        torch.save([run.model.state_dict(), states[0]], sys.argv[1] + f'/rank-{dist.get_rank()}.pt')\n"
-    "sslprune.train = spy\n"
-    "status = sslprune.main(sys.argv[2:])\n"
-    "print(*(path.read_text() for path in Path('/proc/self/task').glob('*/comm')), file=sys.stderr)\n"
-    "sys.exit(status)\n"
-)
-
-
-def torchrun(tmp_path, count, *arguments, code=RANKS):
-    (tmp_path / "ranks.py").write_text(code)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.run(
-        [sys.executable, *launch, str(tmp_path / "ranks.py"), str(tmp_path), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-
-
-def test_two_processes_have_equal_weights_and_gates_and_the_evaluation_of_one(tmp_path, monkeypatch):
+def test_two_processes_have_equal_weights_and_gates_and_the_evaluation_of_one(small, tmp_path):
     """Of an odd number of batches; what only the second one reads, and cannot, is skipped in the report, too."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     corpus = make_librispeech(tmp_path / "corpus", 9)
     batches = data.batches(data.open_corpus(corpus, "asr").test, 4.0)
     assert len(batches) == 3
     bad = batches[1][1].audio
     bad.write_bytes(bad.read_bytes()[:-200])
     flags = ["--task", "asr", "--budget", "0.8", "--data", corpus, "--skip-bad", "--out", tmp_path / "run"]
-    result = torchrun(tmp_path, 2, *flags, *RESUMABLE, "--batch-seconds", "4")
-    assert result.returncode == 0, result.stderr
+
+    def work(rank):
+        train, states = sslprune.train, []
+
+        def spy(run_):
+            states.append(torch.get_rng_state())
+            train(run_)
+            if run_.phase == "prune":
+                torch.save([run_.model.state_dict(), states[0]], tmp_path / f"rank-{rank}.pt")
+
+        sslprune.train = spy
+        status = sslprune.main([*map(str, flags), *RESUMABLE, *"--batch-seconds 4 --device cpu".split()])
+        print(*(path.read_text() for path in Path("/proc/self/task").glob("*/comm")))
+        return status
+
+    printed = tmp_path / "printed.txt"
+    assert as_processes(2, work, printed) == [0, 0], printed.read_text()
+    assert printed.read_text().count("hardened, so") == 1
+    assert "pt_gloo_runloop" not in printed.read_text()  # such a thread aborts a process that ends before it
     (first, random), (second, other) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
     assert any(key.endswith("log_alpha") for key in first)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(random, other)  # masks and samples are each rank's own
-    assert result.stdout.count("hardened") == 1
-    assert "pt_gloo_runloop" not in result.stderr  # such a thread aborts a process that ends before it
     report = report_of(tmp_path / "run")
     assert report["processes"] == 2
     model, test = sslprune.load(tmp_path / "run" / "model.pt"), data.open_corpus(corpus, "asr", skip_bad=True)
@@ -472,6 +466,7 @@ def test_batches_are_split_without_loss_or_repetition_and_accumulated(small, cap
                 some_had = lambda tensors: tensors[1:] and tensors[0][1].fill_(1)  # noqa: E731
                 patch.setattr(sslprune, "add_up", some_had)
                 patch.setattr(sslprune, "evaluate", lambda *a, **more: ({"word_error_rate": 0.0}, []))
+                patch.setattr(sslprune.SpeechModel, "loss", lambda self, *a: self.head.weight.sum())
                 patch.setattr(sslprune, "write", lambda *a: None)
                 patch.setattr(sslprune, "stream", lambda run: (groups.append(g) or g for g in stream(run)))
                 patch.setattr(
@@ -645,12 +640,8 @@ def test_many_updates_in_a_row_that_are_not_finite_stop_the_run(small, capsys, m
 
 
 def test_updates_that_are_not_finite_now_and_then_do_not_stop_the_run(small, capsys, monkeypatch, tmp_path):
-    calls, loss = [], sslprune.SpeechModel.loss
-    monkeypatch.setattr(
-        sslprune.SpeechModel,
-        "loss",
-        lambda self, *a: loss(self, *a) * (torch.nan if calls.append(1) or len(calls) % 2 else 1),
-    )
+    factors = itertools.cycle([torch.nan, 1.0])
+    monkeypatch.setattr(sslprune.SpeechModel, "loss", lambda self, *a: self.head.weight.sum() * next(factors))
     updates = ["--dense-updates", "44", "--prune-updates", "0", "--finetune-updates", "0"]
     assert run(capsys, "--task", "slu", "--budget", "1", "--out", tmp_path / "run", *updates)[0] == 0
     assert report_of(tmp_path / "run")["updates_left_out"] == 22

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import re
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -347,12 +346,12 @@ def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
 def test_training_learns_and_the_constraint_binds(small, capsys, monkeypatch, tmp_path):
     """Not how well: that it gets better by training, and that training brings the expected cost to the budget."""
     monkeypatch.setattr(data, "COMMANDS", {"say_six": ("six",), "say_alarm": ("alarm",)})
-    updates = [*"--dense-updates 50 --prune-updates 120 --finetune-updates 40 --ragged --evaluate-updates 60".split()]
+    updates = [*"--dense-updates 40 --prune-updates 100 --finetune-updates 20 --ragged --evaluate-updates 60".split()]
     status, _, _ = run(
         capsys,
         *"--task slu --budget 0.7 --out".split(),
         tmp_path / "run",
-        *"--dense-lr 3e-3 --batch-seconds 5".split(),
+        *"--dense-lr 3e-3 --batch-seconds 3".split(),
         *updates,
     )
     assert status == 0
@@ -488,7 +487,7 @@ def test_audio_that_turns_out_bad_while_training_is_skipped_counted_and_limited(
 
 
 def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp_path):
-    corpus = make_librispeech(tmp_path / "corpus", 160)
+    corpus = make_librispeech(tmp_path / "corpus", 66)
     folder = corpus / "train-clean-100" / "84" / "121123"
     transcripts = folder / "84-121123.trans.txt"
     lines = transcripts.read_text().splitlines()
@@ -509,7 +508,7 @@ def test_a_corpus_of_which_a_twentieth_is_broken_in_every_way(small, capsys, tmp
         *"--batch-seconds 300 --evaluate-updates 0 --out".split(),
     ]
     updates = ["--dense-updates", "0", "--prune-updates", "1", "--finetune-updates", "1"]  # an epoch each
-    refused(run(capsys, *arguments, tmp_path / "a", *updates), "of 480 utterances are unusable", "--skip-bad")
+    refused(run(capsys, *arguments, tmp_path / "a", *updates), "of 198 utterances are unusable", "--skip-bad")
     status, printed, errors = run(capsys, *arguments, tmp_path / "b", "--skip-bad", *updates)
     assert (status, errors) == (0, "")
     assert "\x1b" not in printed
@@ -766,26 +765,6 @@ def test_an_out_that_holds_something_is_refused_and_left_alone(capsys, tmp_path)
 def test_an_out_that_cannot_be_made_is_refused(small, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     refused(run(capsys, "--task", "asr", "--budget", "0.5", "--out", tmp_path / "file" / "run", *FAST), "file")
-
-
-def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_no_partial_file(tmp_path):
-    """A limit on the size of files is the nearest to a full disk that a test may make."""
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-        f"sys.path.insert(0, {str(HERE.parent)!r}); import data, sslprune;"
-        "data.DEMO_SIZES = {'train': 10, 'dev': 2, 'test': 2};"
-        "sys.exit(sslprune.main(sys.argv[1:]))"
-    )
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)
-    result = subprocess.run(
-        [sys.executable, "-c", code, *"--task asr --budget 0.5 --dense-updates 1 --out".split(), str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    refused((result.returncode, result.stdout, result.stderr), "training.state")
-    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
