@@ -375,6 +375,8 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_the_readme_says_what_the_results_say(published):
+def test_the_pages_say_what_the_results_say(published):
+    """The experiment's own page has the verdict and the table, the main page the verdict."""
+    assert curves.verdict(published) in (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
     assert curves.report(published) in (HERE / "README.md").read_text(encoding="utf-8")
     assert curves.figure(published) == (HERE / "curve.svg").read_text(encoding="utf-8")

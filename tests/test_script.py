@@ -548,9 +548,15 @@ def test_the_learning_rate_has_three_stages():
     assert rates[-1] == pytest.approx(0.05, rel=0.01)
 
 
-def test_the_readme_has_no_gaps_and_names_what_exists(capsys):
-    readme = (HERE.parent / "README.md").read_text()
+def test_the_pages_have_no_gaps_and_name_what_exists(capsys):
+    pages = [HERE.parent / "README.md", HERE / "experiment" / "README.md", HERE / "checks" / "README.md"]
+    readme = "".join(page.read_text() for page in pages)
     assert "@" not in readme
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), link
+    for script in re.findall(r"tests/\w[\w/]*\.\w+", readme):
+        assert (HERE.parent / script).exists(), script
     tests = "".join(path.read_text() for path in HERE.glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)", readme):
         assert f"def {name}(" in tests, name
