@@ -160,6 +160,15 @@ def test_a_folder_that_a_run_is_writing_to_is_refused_to_another(small, capsys, 
     assert not (tmp_path / "run" / "lock").exists()
 
 
+def test_a_folder_in_which_another_run_began_a_moment_ago_is_refused(small, capsys, monkeypatch, tmp_path):
+    """Between the look at the folder and its lock."""
+    lock = sslprune.lock
+    began = lambda folder, at_end: lock(folder, at_end) or (folder / "training.state").write_bytes(b"x")  # noqa: E731
+    monkeypatch.setattr(sslprune, "lock", began)
+    refused(run(capsys, *"--task slu --budget 0.8 --out".split(), tmp_path / "run", *FAST), "has just begun")
+    assert (tmp_path / "run" / "training.state").read_bytes() == b"x"
+
+
 class Killed(BaseException):
     """Stands for a death: nothing catches it."""
 
@@ -291,6 +300,11 @@ def dead(small, capsys, monkeypatch, tmp_path):
 )
 def test_resuming_with_other_flags_is_refused_with_the_difference(dead, capsys, changed, words):
     refused(run(capsys, *dead, "--resume", *changed), *words)
+
+
+def test_a_run_goes_on_with_as_many_processes_as_it_began_with(dead, capsys, monkeypatch):
+    monkeypatch.setattr(sslprune, "ranks", lambda: 2)
+    refused(run(capsys, *dead, "--resume"), "--nproc-per-node was 1", "is 2 now")
 
 
 def test_flags_that_change_no_result_may_change(dead, capsys):

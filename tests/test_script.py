@@ -154,6 +154,7 @@ def test_the_target_warms_up_linearly_from_nothing(small, capsys, monkeypatch, t
     updates = ["--dense-updates", "0", "--prune-updates", "8", "--finetune-updates", "0", "--warmup-share", "0.5"]
     run(capsys, "--task", "slu", "--budget", "0.8", "--out", tmp_path / "run", *updates)
     assert seen == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert sslprune.warmup(0.0, 0.0) == 1  # all of it at once
 
 
 @pytest.mark.parametrize(
