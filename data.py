@@ -58,7 +58,7 @@ class Corpus:
     size: int = 0  # utterances, the skipped ones among them
     announced: set = field(default_factory=set)  # the changes of audio that have been logged, each once
     skip_bad: bool = False
-    skipped: dict = field(default_factory=dict)  # the reasons, each naming its file; a dict serves as an ordered set
+    skipped: dict = field(default_factory=dict)  # {reason, which names its file: whether this process found it}
 
     @property
     def fingerprint(self):
@@ -70,14 +70,13 @@ class Corpus:
         """Leave something out, for a reason that names it. It may quote any file, so nothing but text is shown."""
         reason = reason if len(reason) < 600 else f"{reason[:300]} ... {reason[-290:]}"
         reason = "".join(c if c.isprintable() else "?" for c in reason)
-        if reason not in self.skipped:
-            self.skipped[reason] = True
-            if len(self.skipped) <= 20:  # all of them are in the report
-                log.warning("skipped: %s", reason)
+        if reason not in self.skipped and len(self.skipped) < 20:  # all of them are in the report
+            log.warning("skipped: %s", reason)
+        self.skipped[reason] = True
 
     def check(self):
         """Raise UserError where too many utterances are bad."""
-        bad = len(self.skipped)
+        bad = sum(self.skipped.values())  # what was found before a run was resumed may be mended
         if bad > BAD_SHARE * self.size and not self.skip_bad:
             one = next(iter(self.skipped))
             raise UserError(f"{bad} of {self.size} utterances are unusable: mend them, or give --skip-bad. One: {one}")
@@ -518,7 +517,7 @@ def read_manifest(root, files, task):
         name = cells.pop("path")
         if any(row.get(key, "").strip("+-0.") for key in ("offset", "start", "start_time")):
             raise UserError(f"{where} is a part of {name}; cut recordings up, one file an utterance")
-        if not cells[needed]:
+        if is_name(name) and not cells[needed]:
             yield where, f"has no {needed}, or none that is text"
             continue
         seconds = 0.0
@@ -581,7 +580,7 @@ def read_slurp(root, files, task):
             if not is_name(scenario) or not is_name(action):
                 raise ValueError("scenario or action is no name")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            yield where, entry if isinstance(entry, str) else f"is no annotation of SLURP's ({repr(error)[:200]})"
+            yield where, entry if isinstance(entry, str) else f"is not an annotation of SLURP's ({repr(error)[:200]})"
             continue
         for file in names:
             if Path(file).name != file or not is_name(file):

@@ -13,7 +13,6 @@ among them.
 """
 
 import argparse
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -223,11 +222,11 @@ def table(shape, seconds=SECONDS):
 
 
 def picture(shape, dense):
-    """What each layer kept of the dense shape, as lines of text: a # for each kept twentieth."""
+    """What each layer kept of the dense shape, as lines of text: a # for each whole twentieth."""
     lines = ["what each layer kept"]
     for kind, title in (("channels", "convolution"), ("heads", "heads of layer"), ("units", "units of layer")):
         for layer, (kept, full) in enumerate(zip(getattr(shape, kind), getattr(dense, kind)), 1):
-            bar = "#" * math.ceil(20 * kept / max(1, full))
+            bar = "#" * max(kept > 0, 20 * kept // max(1, full))
             lines.append(f"{title:>15} {layer:2}  {bar:.<20}  {kept}/{full}")
     return "\n".join(lines)
 

@@ -164,9 +164,9 @@ def harden(gates, shape, method, budget, ragged=False):
     """Shut gates for good: the actual cost is then at most `budget` of the dense one, and close to it.
 
     Greedy, for each constraint: of the groups of units of all its layers (ragged: the single units), the best first,
-    each is kept that still fits. Where that leaves more than TOLERANCE, single units follow, layer by layer, of the
-    finest kind first. gates: by place; their log alpha is changed. Raises UserError where even the
-    smallest model costs more.
+    each is kept that still fits. Where that leaves more than TOLERANCE, single units follow, layer by layer, the finest
+    kind first; and where none is left, a coarse group takes the room of the worst fine ones. gates: by place; their
+    log alpha is changed. Raises UserError where even the smallest model costs more.
     """
     dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
@@ -179,14 +179,24 @@ def harden(gates, shape, method, budget, ragged=False):
 
         if unused({}) < 0:
             raise UserError(f"budget {budget:g} is out of reach for the {constraint.name}; give a larger --budget")
-        for place, size in groups(governed, ragged):
-            count = min((kept[place] // size + 1) * size, len(governed[place].log_alpha))  # the next whole group
-            if unused({place: count}) >= 0:
-                kept[place] = count
+        def one_more(place, size):  # the next whole group
+            return {place: min((kept[place] // size + 1) * size, len(governed[place].log_alpha))}
+
+        ranked = groups(governed, ragged)
+        for place, size in ranked:
+            if unused(one_more(place, size)) >= 0:
+                kept |= one_more(place, size)
         finest_first = sorted(governed, key=lambda place: list(ALIGN).index(place[0]))
         for place in finest_first if unused({}) > TOLERANCE else ():
             while kept[place] < len(governed[place].log_alpha) and unused({place: kept[place] + 1}) >= 0:
                 kept[place] += 1
+        for place, size in ranked if unused({}) > TOLERANCE else ():
+            trade = one_more(place, size)
+            for fine, step in reversed(ranked):
+                if fine[0] == finest_first[0][0] != place[0] and unused(trade) < 0:
+                    trade[fine] = max(0, trade.get(fine, kept[fine]) - step)
+            if 0 <= unused(trade) < unused({}):
+                kept |= trade
         for place, gate in governed.items():
             gate.harden(kept[place])
 

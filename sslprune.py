@@ -25,6 +25,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import statistics
@@ -359,14 +360,15 @@ def forward_seconds(models, device, dtype, repeats=12):
 def finish(run, metrics):
     """Write report.json and curve.svg, and say what became of the model. metrics: of the pruned model."""
     if not rank():
-        report, options, model = make_report(run, metrics), run.options, run.out / "model.pt"
+        report, options, model = make_report(run, metrics), run.options, shlex.quote(str(run.out / "model.pt"))
+        subsets = [part for split in SPLITS if (name := getattr(options, split)) for part in (flag(split), name)]
         write(run.out / "curve.svg", curve(run.history, report).encode())
         write(run.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
         log.info("\n%s\n\n%s\n", picture(run.model.encoder.shape, run.start), comparison(report))
         log.info("%s: model.pt, report.json, curve.svg  (trained for %s)", run.out, duration(run.seconds))
         log.info("use it:   python sslprune.py --predict %s RECORDING...", model)
         log.info("look:     python sslprune.py --describe %s", model)
-        log.info("measure:  python sslprune.py --evaluate %s --data %s", model, options.data)
+        log.info("measure:  python sslprune.py --evaluate %s %s", model, shlex.join(["--data", options.data, *subsets]))
 
 
 def make_report(run, metrics):
@@ -507,6 +509,7 @@ class Run:
     countdown: Countdown = dataclasses.field(default_factory=Countdown)  # of the phase
     clock: float = 0.0  # s, until when the time is counted
     saved: float | None = None  # s, when it was saved last
+    digest: bytes | None = None  # of the state that it goes on from
     # From here on: plain values, saved and restored as they are.
     start_shape: dict  # of the model that the budget is of
     head_is_trained: bool  # so that there is something to evaluate
@@ -540,7 +543,7 @@ class Run:
 
     @property
     def place(self):
-        return f"{self.phase} {self.update}/{self.updates}"
+        return f"{self.phase} {self.update}/{self.updates}" if self.updates else self.phase
 
     @property
     def target(self):
@@ -605,9 +608,10 @@ class Run:
             raise UserError(f"{options.data}: is not the corpus that {out} began with, or it has changed")
         kinds = KINDS[options.method] if state["multipliers"] is not None else ()
         model = read_ours(state["model"], out / STATE).model(kinds)
-        run = cls(options=options, out=out, corpus=corpus, device=device, model=model, **state["run"])
+        parts = {"options": options, "out": out, "corpus": corpus, "device": device, "model": model}
+        run = cls(**parts, digest=state["digest"], **state["run"])
         for reason in state["skipped"]:
-            corpus.skip(reason)
+            corpus.skipped.setdefault(reason, False)
         if kinds:
             run.lagrangian = Lagrangian(run.start, options.method, options.budget).to(device)
             run.lagrangian.multipliers.data.copy_(state["multipliers"])
@@ -632,9 +636,10 @@ def read_state(out, options):
     if any(path.exists() and not path.is_dir() for path in (out, *out.parents)):
         raise UserError(f"{out}: a file stands where --out needs a folder; give another --out")
     path, names = out / STATE, {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if STATE in names and not options.resume:
+        raise UserError(f"{out}: holds another run; go on with it by --resume, give another --out, or remove it")
     if names and not options.resume:
-        goes_on = "go on with it by --resume, " if STATE in names else ""
-        raise UserError(f"{out}: holds another run; {goes_on}give another --out, or remove it")
+        raise UserError(f"{out}: is not empty; give another --out")
     if STATE not in names:
         if names - {"log.txt", "lock", STATE + ".partial"}:
             raise UserError(f"{out}: holds no {STATE} to --resume from; give the --out of a run, or another")
@@ -645,7 +650,8 @@ def read_state(out, options):
     if hashlib.sha256(contents[32:]).digest() != contents[:32]:
         dense = "with the dense.pt of this one as --checkpoint if it is there"
         raise UserError(f"{path}: is damaged; start anew in another --out, {dense}")
-    return torch.load(io.BytesIO(contents[32:]), map_location="cpu", weights_only=True)
+    state = torch.load(io.BytesIO(contents[32:]), map_location="cpu", weights_only=True)
+    return state | {"digest": bytes(contents[:32])}
 
 
 def settings(options):
@@ -664,7 +670,7 @@ def check_settings(options, state, out):
     for name, now in settings(options).items():
         if now != (then := state["settings"].get(name)):
             what = "torchrun's --nproc-per-node" if name == "processes" else flag(name)
-            then, now = ("not given" if v in (None, "") or v is False else v for v in (then, now))
+            then, now = ("not given" if v is None or v is False else "given" if v is True else v for v in (then, now))
             wrong = f"{what} was {then} when the run started, and is {now} now"
             raise UserError(f"{out}: {wrong}; give the flags that it was started with, or another --out")
 
@@ -822,8 +828,12 @@ def alone(run):
         if not rank():
             run.out.mkdir(parents=True, exist_ok=True)
             lock(run.out, at_end)
-            if run.saved is None and (run.out / STATE).exists():
-                raise UserError(f"{run.out}: another run has just begun in it; give another --out")
+            digest = None
+            if (run.out / STATE).exists():
+                with open(run.out / STATE, "rb") as file:
+                    digest = file.read(32)
+            if digest != run.digest:
+                raise UserError(f"{run.out}: another run has just written to it; give another --out, or --resume")
         if run.saved is None:
             run.save()
         if not rank():
@@ -895,7 +905,7 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
+        why = re.sub(r"^\[.*?\] *", "", str(error).splitlines()[0]).split(". ")[0]  # without the place in gloo's source
         raise UserError(
             f"the processes of this run could not agree ({why}): where another process has ended, it says why;"
             " the same command with --resume goes on"
@@ -921,7 +931,7 @@ def add_up(tensors):
 
 def share_skipped(corpus):
     """Let each process know what the others had to skip."""
-    for reason in itertools.chain(*gather(list(corpus.skipped))):
+    for reason in itertools.chain(*gather([reason for reason, is_new in corpus.skipped.items() if is_new])):
         corpus.skip(reason)
 
 
@@ -1046,7 +1056,7 @@ def usable_device(name):
     try:
         if name in (None, "cuda"):
             set_by = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "RANK")  # torchrun, srun, mpirun
-            local_rank = next((int(os.environ[each]) for each in set_by if os.environ.get(each)), 0)
+            local_rank = next((int(os.environ[each]) for each in set_by if os.environ.get(each, "").isdigit()), 0)
             gpus = torch.cuda.device_count()  # that this process sees, which may be its own alone
             name = f"cuda:{local_rank % max(1, gpus)}" if name or torch.cuda.is_available() else "cpu"
         device = torch.device(name)

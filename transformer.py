@@ -544,7 +544,8 @@ class Checkpoint:
         sizes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
         wrong = [key for key in expected if key in sizes and sizes[key] != expected[key]]
         heads = self.shape.width // self.shape.head_width
-        places = {key: [-1, *w.tolist(), heads] for key, w in weights.items() if key.endswith(".places") and w.dim()}
+        places = {key: w for key, w in weights.items() if key.endswith(".places") and w.dim() == 1}
+        places = {key: [-1, *w.tolist(), heads] for key, w in places.items()}
         problems = {
             "lacks": [key for key in expected if key not in sizes],
             "has a wrong size for": [f"{key} {sizes[key]} instead of {expected[key]}" for key in wrong],
@@ -812,8 +813,13 @@ def completed(weights, shape, said, path):
     zeros = ["projection.mask_embedding", "projection.shut", *(f"{part}.output.bias" for part in removed)]
     defaults = {key: torch.zeros(shape.width) for key in zeros} | {"projection.scale": torch.ones(shape.channels[-1])}
     for layer, heads in enumerate(shape.heads) if shape.buckets else ():
-        attention, (places, _) = f"layers.{layer}.attention.", said.get("places", (None, ""))
-        places = torch.tensor(places[layer] if places and heads else range(heads), dtype=torch.int64)
+        attention, places = f"layers.{layer}.attention.", list(range(heads))
+        if heads and "places" in said:  # of DPHuBERT
+            (kept, where), total = said["places"], range(shape.width // shape.head_width)
+            places = kept[layer] if isinstance(kept, list) and len(kept) == len(shape.heads) else None
+            if not isinstance(places, list) or len(places) != heads or not all(p in total for p in places):
+                raise UserError(f"{path}: {where} is {shown([kept])}, which are no places of the heads that it has")
+        places = torch.tensor(places, dtype=torch.int64)
         if not heads:
             empty = {"linear.weight": torch.zeros(8, shape.head_width), "linear.bias": torch.zeros(8)}
             empty["scale"] = torch.ones(0)

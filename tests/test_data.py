@@ -358,7 +358,7 @@ def test_edit_distance_is_the_shortest_path():
 
 def test_error_rates_are_over_the_whole_corpus():
     references, hypotheses = ["THE CAT SAT", "YES"], ["THE BAT SAT DOWN", ""]
-    assert data.error_rates(references, hypotheses)["word_error_rate"] == 3 / 4  # a substitution, an insertion, a deletion
+    assert data.error_rates(references, hypotheses)["word_error_rate"] == 3 / 4  # each of the three once
     assert data.error_rates(["AB"], ["ACB"])["character_error_rate"] == 1 / 2
     assert set(data.error_rates(references, references).values()) == {0}
     assert data.error_rates(references, hypotheses, characters=False) == {"word_error_rate": 3 / 4}

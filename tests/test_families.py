@@ -218,7 +218,7 @@ def test_places_of_heads_that_cannot_be_are_refused(tmp_path):
     key = "encoder.layers.1.attention.places"
     kept = contents["weights"][key]
     assert torch.equal(load_pretrained(tmp_path / "model.pt").layers[1].attention.places, kept) and len(kept) > 1
-    for wrong in (kept.flip(0), kept + 4, kept - 4, kept * 0, kept[:-1], kept.float()):
+    for wrong in (kept.flip(0), kept + 4, kept - 4, kept * 0, kept[:-1], kept.float(), kept[None]):
         torch.save(contents | {"weights": contents["weights"] | {key: wrong}}, tmp_path / "model.pt")
         refused(tmp_path / "model.pt", "layers.1.attention.places")
 
@@ -274,6 +274,15 @@ def test_a_wavlm_model_of_dphubert_keeps_the_places_that_it_names(tmp_path):
     with torch.no_grad():
         expected, found = (each(GOLDEN["waveforms"], GOLDEN["lengths"])[0] for each in (model, pruned))
     assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "places", [[[0, 1, 2, 3]], [[0, 1, 2, 99]] * 2, 5, ["abcd"] * 2, [[0.5, 1, 2, 3]] * 2, [[0]] * 2]
+)
+def test_places_that_a_file_of_dphubert_cannot_mean_are_refused(tmp_path, places):
+    said = said_by_torchaudio("torchaudio_wavlm") | {"encoder_remaining_heads": places}
+    torch.save({"state_dict": tensors_of("torchaudio_wavlm"), "config": said}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "encoder_remaining_heads")
 
 
 # --- What works for base works for them ---

@@ -190,8 +190,26 @@ def test_a_group_that_does_not_fit_gives_way_to_worse_ones_that_do():
             gate.log_alpha.copy_(torch.randn_like(gate.log_alpha) + 5 * (kind == "units"))
         model.gates["heads", 2].log_alpha[3] = -8
         model.gates["units", 1].log_alpha[:16] = -9  # worse, and smaller
-    harden(model.gates, SMALL, "transformer", 0.99)
+    scores = {place: gate.log_alpha.clone() for place, gate in model.gates.items()}
+    dense = cost(SMALL, SAMPLES).macs
+    head = 1 - cost(SMALL.with_counts({("heads", 2): 5}), SAMPLES).macs / dense
+    harden(model.gates, SMALL, "transformer", 1 - head + 0.0005)
     assert model.shape.heads == (6, 6, 5, 6) and model.shape.units == SMALL.units
+    with torch.no_grad():
+        for place, gate in model.gates.items():
+            gate.log_alpha.copy_(scores[place])
+    harden(model.gates, SMALL, "transformer", 0.99)  # without the head, 0.4 % were unused: it takes the units' room
+    assert model.shape.heads == SMALL.heads and model.shape.units[1] < 800
+    assert 0.988 < cost(model.shape, SAMPLES).macs / dense <= 0.99
+
+
+def test_single_units_are_of_the_finest_kind_first(monkeypatch):
+    monkeypatch.setattr("gates.groups", lambda *arguments: [])  # so that all are single
+    model = Wav2Vec2(SMALL)
+    model.add_gates(KINDS["mac"])
+    harden(model.gates, SMALL, "mac", 0.7)
+    assert model.shape.units == SMALL.units and model.shape.heads == SMALL.heads
+    assert min(model.shape.channels) == 1
 
 
 def test_a_group_is_as_good_as_its_middle_unit():

@@ -165,8 +165,30 @@ def test_a_folder_in_which_another_run_began_a_moment_ago_is_refused(small, caps
     lock = sslprune.lock
     began = lambda folder, at_end: lock(folder, at_end) or (folder / "training.state").write_bytes(b"x")  # noqa: E731
     monkeypatch.setattr(sslprune, "lock", began)
-    refused(run(capsys, *"--task slu --budget 0.8 --out".split(), tmp_path / "run", *FAST), "has just begun")
+    refused(run(capsys, *"--task slu --budget 0.8 --out".split(), tmp_path / "run", *FAST), "just written to it")
     assert (tmp_path / "run" / "training.state").read_bytes() == b"x"
+
+
+def test_a_run_that_went_on_elsewhere_is_not_taken_up_from_an_older_state(dead, capsys, monkeypatch, tmp_path):
+    lock, state = sslprune.lock, tmp_path / "run" / "training.state"
+    newer = lambda folder, at_end: lock(folder, at_end) or state.write_bytes(b"y" + state.read_bytes())  # noqa: E731
+    monkeypatch.setattr(sslprune, "lock", newer)
+    refused(run(capsys, *dead, "--resume"), "just written to it", "--resume")
+    assert state.read_bytes()[:1] == b"y"
+
+
+def test_a_run_that_bad_audio_ended_goes_on_once_the_audio_is_mended(small, capsys, tmp_path):
+    corpus = make_librispeech(tmp_path / "corpus", 30)
+    bad = sorted(corpus.glob("train-clean-100/*/*/*.flac"))[3]
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-200])
+    arguments = ["--task", "asr", "--budget", "0.9", "--data", corpus, "--out", tmp_path / "run", *FAST]
+    for _ in range(2):  # it is counted anew
+        status, _, errors = run(capsys, *arguments, *["--resume"] * (tmp_path / "run").exists())
+        refused((status, "", errors.splitlines()[-1] + "\n"), bad.name, "--resume")
+    bad.write_bytes(whole)
+    assert run(capsys, *arguments, "--resume")[0] == 0
+    assert report_of(tmp_path / "run")["skipped"] == 1
 
 
 class Killed(BaseException):

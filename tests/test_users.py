@@ -289,6 +289,7 @@ def test_a_long_recording_is_recognised_in_pieces_nearly_as_the_whole(tmp_path, 
     assert max(longest) <= 60 * 16_000 + 400 < len(samples)
     assert f"of {len(samples) // 16_000} s" in caplog.text  # progress
     utterance = data.Utterance("x", tmp_path / "x.wav", len(samples) / 16_000, "A", "A")
+    assert first.moments is None  # what the pieces shared is forgotten
     _, rows = sslprune.evaluate(model, data.Corpus("", test=[utterance]), "test", 100)
     assert rows == [("x", "A", found)] and max(longest) <= 60 * 16_000 + 400  # evaluation does the same
     # The model is random, its best outputs hardly better than others: they differ sooner than a trained one's.
