@@ -101,7 +101,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         if self.gate is not None:
             y = y * self.gate()[:, None, None].type_as(y)
-        return self.output(y.transpose(1, 2).flatten(2))
+        return self.output(torch.cat(y.unbind(1), dim=2))  # the heads side by side; ONNX's exporter fails with a view
 
     def slice(self):
         """Remove the shut heads, in place."""
