@@ -190,10 +190,12 @@ def harden(gates, shape, method, budget, ragged=False):
         for place in finest_first if unused({}) > TOLERANCE else ():
             while kept[place] < len(governed[place].log_alpha) and unused({place: kept[place] + 1}) >= 0:
                 kept[place] += 1
-        for place, size in ranked if unused({}) > TOLERANCE else ():
+        kinds = [place[0] for place in finest_first]
+        for place, size in ranked if unused({}) > TOLERANCE else ():  # coarse groups alone are left to add
             trade = one_more(place, size)
-            for fine, step in reversed(ranked):
-                if fine[0] == finest_first[0][0] != place[0] and unused(trade) < 0:
+            worst_fine = [group for group in reversed(ranked) if group[0][0] == kinds[0] and place[0] != kinds[0]]
+            for fine, step in worst_fine:
+                if unused(trade) < 0:
                     trade[fine] = max(0, trade.get(fine, kept[fine]) - step)
             if 0 <= unused(trade) < unused({}):
                 kept |= trade
