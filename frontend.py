@@ -138,7 +138,7 @@ class Frontend(nn.Module):
     def pieces(self, waveform, length):
         """A context in which pieces of this waveform (1, samples) have the features that they have in the whole.
 
-        length: samples, of the parts that may be in memory at once.
+        length: samples, of the parts that may be in memory at once. One thread at a time: it sets the module's state.
         """
         return contextlib.nullcontext()
 
