@@ -171,7 +171,7 @@ def test_hardening_meets_every_budget_within_its_tolerance_and_keeps_whole_group
             torch.nn.init.normal_(gate.log_alpha, mean=torch.randn(()).item(), std=2)
         harden(gates, shape, method, budget)
         kept = shape.with_counts({place: len(gate.kept()) for place, gate in gates.items()})
-        tolerance = 0.01 if method == "sepsize" or budget > 0.95 else 0.002
+        tolerance = 0.004 if method == "sepsize" else 0.002  # a channel is a larger part of a frontend alone
         for measure in CONSTRAINED[method]:
             assert budget - tolerance < measure(cost(kept, SAMPLES)) / measure(dense) <= budget
         grain = {"channels": 32 if shape is BASE else 16, "units": 16}
