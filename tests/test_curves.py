@@ -1,4 +1,4 @@
-"""The experiment's statistics, worked out by hand, and that the README says what they say."""
+"""The experiment's statistics, worked out by hand and on simulated data, and that the pages say what they say."""
 
 import json
 import os
@@ -21,18 +21,18 @@ from flops import SMALL, UserError
 from gates import check_budget
 
 HERE = Path(__file__).parent / "experiment"
+FLAGS = {task: list(grid.TRIED[task]) for task in grid.TRIED}
 
 
-def result(errors, method="mac", budget=0.5, seed=0, task="asr", words=10, **fields):
+def result(errors, method="mac", budget=0.5, fold=0, seed=0, flags=0, task="asr", words=10, **fields):
     """A line of results.jsonl: `errors` of each speaker, in as many words."""
     rows = [[int(e), words, int(e), 4 * words] if task == "asr" else [int(e), words] for e in errors]
+    point = grid.Point(fold, FLAGS[task][flags], method, budget, seed)
     return {
         "task": task,
-        "name": f"{method}-{budget}-{seed}",
-        "method": method,
-        "budget": budget,
-        "seed": seed,
-        "flags": "dense" if budget == 1 else "pruned",
+        "amount": "quarter",
+        **point._asdict(),
+        "options": grid.options_of(task, "quarter", point),
         "inputs": "0123abcd",
         "updates": {"dense": 0, "prune": 3, "finetune": 2},
         "converged": True,
@@ -40,14 +40,36 @@ def result(errors, method="mac", budget=0.5, seed=0, task="asr", words=10, **fie
         "params": budget,
         "expected": {"channels": 0.9, "heads": 0.25, "units": 0.5} if budget < 1 else None,
         "dev": {"word_error_rate": 0.3} if task == "asr" else {"intent_accuracy": 0.8},
-        "speakers": {f"s{i}": row for i, row in enumerate(rows)},
+        "cpu": "a CPU",
+        "speakers": {f"f{fold}s{i}": row for i, row in enumerate(rows)},
+        "utterances": [int(e) for e in errors],
         **fields,
     }
 
 
-@pytest.fixture(scope="module")
-def published():
-    return curves.read(HERE / "results.jsonl")
+def runs(errors, **which):
+    """Results of all folds and seeds. errors: of each speaker of a fold; or a function from fold and seed to them."""
+    of = errors if callable(errors) else lambda fold, seed: errors
+    return [result(of(fold, seed), fold=fold, seed=seed, **which) for seed in grid.SEEDS for fold in grid.FOLDS]
+
+
+def everything(errors, best=(0, 0), task="asr", beside=None, **fields):
+    """All results of a task. errors: {(method, budget): what `runs` takes}; best: flags for dense and for `mac` 0.7."""
+    lines = []
+    for flags in range(len(FLAGS[task])):
+        for (which, number) in zip(grid.TUNED, best):
+            dev = 0.2 + 0.1 * (flags != number)
+            dev = {"word_error_rate": dev} if task == "asr" else {"intent_accuracy": 1 - dev}
+            own = {"method": which[0], "budget": which[1], "flags": flags, "task": task, "dev": dev, **fields}
+            found = runs((beside or errors)[which] if flags == best[1] != best[0] else errors[which], **own)
+            lines += found if flags in best else found[: len(grid.FOLDS)]
+    for method, budget in errors.keys() - set(grid.TUNED):
+        lines += runs(errors[method, budget], method=method, budget=budget, flags=best[0], task=task, **fields)
+    return lines
+
+
+def condition(errors, **which):
+    return curves.Condition(runs(errors, **which))
 
 
 def written(tmp_path, results):
@@ -56,9 +78,9 @@ def written(tmp_path, results):
     return path
 
 
-def panels(tasks):
-    """{task: element} of the figure."""
-    svg = ElementTree.fromstring(curves.figure(tasks))
+def drawn_panels(panels):
+    """{task-amount: element} of the figure."""
+    svg = ElementTree.fromstring(curves.figure(panels))
     return {group.get("id"): list(group.iter()) for group in svg.findall("{*}g")}
 
 
@@ -70,107 +92,155 @@ def signs(panel):
     return [sign for sign in found if sign[2] < 300]
 
 
-def test_a_point_of_the_figure_stands_where_its_figures_in_the_table_put_it(published):
+# Of 40 speakers a fold with 100 words each. Dense: 20 errors each.
+SWINGING = np.resize([-6, 6], 40)  # by so many words, no difference on average
+ERRORS = {
+    ("dense", 1.0): [20] * 40,
+    ("mac", 0.9): [18] * 40,
+    ("mac", 0.7): 20 + SWINGING,
+    ("mac", 0.5): np.resize([20, 21], 40),
+    ("transformer", 0.7): [23] * 40,
+    ("transformer", 0.5): np.resize([20, 21], 40),
+}
+
+
+def test_a_point_of_the_figure_stands_where_its_figures_in_the_table_put_it(tmp_path):
     """Read by the numbers at the axes."""
+    lines = everything(ERRORS, words=100) + everything(ERRORS, words=110, amount="all")
+    for line in lines:
+        line["options"] = grid.options_of("asr", line["amount"], grid.point_of(line))
     told, drawn = [], []
-    for row in curves.table(published).splitlines()[2:]:
+    panels, missing = curves.read(written(tmp_path, lines))
+    assert not missing
+    for row in curves.table(panels).splitlines()[2:]:
         name, macs, _, _, _, error, *_ = (cell.strip() for cell in row.split("|")[1:-1])
-        told.append((*re.match(r"(\w+) `?(\w+)", name).groups(), float(macs.rstrip("%")), float(error.split()[0])))
-    for task, panel in panels(published).items():
+        task, amount, method = re.match(r"(\w+) (\w+) `?(\w+)", name).groups()
+        told.append((f"{task}-{amount}", method, float(macs.rstrip("%")), float(error.split()[0])))
+    for name, panel in drawn_panels(panels).items():
         ticks = [element for element in panel if re.fullmatch(r"[\d.]+", element.text or "")]
         below = [(float(t.get("x")), float(t.text)) for t in ticks if t.get("text-anchor") == "middle"]
         beside = [(float(t.get("y")) - 4, float(t.text)) for t in ticks if t.get("text-anchor") == "end"]
         macs, error = (np.polynomial.Polynomial.fit(*zip(*axis), 1) for axis in (below, beside))
-        drawn += [(task, method, macs(x), error(y)) for method, x, y in signs(panel)]
-    assert len(drawn) == len(told) > 20
+        drawn += [(name, method, macs(x), error(y)) for method, x, y in signs(panel)]
+    assert len(drawn) == len(told) == 12
     for point, expected in zip(sorted(drawn), sorted(told)):
         assert point[:2] == expected[:2]
         assert point[2] == pytest.approx(expected[2], abs=0.07)  # told to a tenth
-        assert point[3] == pytest.approx(expected[3], abs=0.01)  # told to a hundredth
+        assert point[3] == pytest.approx(expected[3], abs=0.02)  # told to a hundredth
 
 
 def test_an_interval_is_paired_by_speaker():
-    """Speakers differ much, the two points by one word each: nothing is uncertain about the difference."""
+    """Speakers differ much, the two conditions by one word each: nothing is uncertain about the difference."""
     errors = np.arange(50)
-    ours, theirs = curves.Point([result(errors, words=100)]), curves.Point([result(errors + 1, words=100)])
-    assert curves.difference(ours, theirs) == (pytest.approx(-0.01),) * 3
+    ours, theirs = condition(errors, words=100), condition(errors + 1, words=100)
+    assert curves.difference(ours, theirs, 0) == (pytest.approx(-0.01),) * 3
 
 
 def test_an_interval_is_as_wide_as_the_central_limit_says():
     draw = np.random.default_rng(0)
-    ours, theirs = (curves.Point([result(draw.binomial(100, 0.2, 400), words=100)]) for _ in range(2))
-    difference, lower, upper = curves.difference(ours, theirs)
-    assert difference == pytest.approx(ours.errors()[0] - theirs.errors()[0])
-    changes = (ours.counts[0] - theirs.counts[0])[:, 0] / 100  # of each speaker
-    width = 2 * 1.96 * changes.std() / np.sqrt(400)
+    ours, theirs = (condition(lambda *_: draw.binomial(100, 0.2, 130), words=100) for _ in range(2))
+    difference, lower, upper = curves.difference(ours, theirs, 0)
+    assert difference == pytest.approx(np.mean(ours.errors()) - np.mean(theirs.errors()))
+    changes = (ours.counts - theirs.counts)[:, :, 0].mean(0) / 100  # of each speaker
+    width = 2 * 1.96 * changes.std() / np.sqrt(390)
     assert upper - lower == pytest.approx(width, rel=0.03)
     assert (upper + lower) / 2 == pytest.approx(difference, abs=0.03 * width)
+    variance = curves.sampling_variance(changes * 100, np.full(390, 100))
+    assert variance == pytest.approx((width / 2 / 1.96) ** 2, rel=0.01)
+
+
+def test_runs_widen_the_interval():
+    """Of equal folds; between runs of a fold there is a standard deviation of 0.6 points: 0.6 * sqrt(2 / 6) of them."""
+    ours, theirs = condition([20] * 40, words=100), condition([21] * 40, words=100)
+    difference, lower, upper = curves.difference(ours, theirs, 0.006**2)
+    assert (lower, upper) == pytest.approx((-0.01 - 1.96 * 0.006 / 3**0.5, -0.01 + 1.96 * 0.006 / 3**0.5), abs=2e-4)
+
+
+def test_the_variance_between_runs_is_what_speakers_do_not_explain():
+    ups = condition(lambda fold, seed: [20 + 2 * seed] * 40, words=100)  # seeds differ by 2 points for each speaker
+    assert curves.variance_between_runs([ups]) == pytest.approx(0.02**2 / 2)
+    assert curves.variance_between_runs([ups, condition([20] * 40, words=100)]) == pytest.approx(0.02**2 / 4)
+    draw = np.random.default_rng(0)  # each speaker by itself: the same errors in the mean, no run is better
+    luck = [condition(lambda *_: draw.binomial(100, 0.2, 40), words=100) for _ in range(100)]
+    assert curves.variance_between_runs(luck) < 0.1 * (0.2 * 0.8 / 4000)  # of the variance of a fold's error
 
 
 def test_speakers_weigh_as_much_as_they_say():
-    """Two speakers of 10 and 90 words: a draw is one of them twice, or both."""
-    ours = curves.Point([result([], speakers={"a": [2, 10, 3, 40], "b": [9, 90, 9, 360]})])
-    theirs = curves.Point([result([], speakers={"b": [18, 90, 18, 360], "a": [0, 10, 0, 40]})])
-    assert curves.difference(ours, theirs) == pytest.approx(((2 - 9) / 100, -9 / 90, 2 / 10))
+    """Two speakers of 10 and 90 words: a draw of a fold is one of them twice, or both."""
+    both = {"a": [2, 10, 3, 40], "b": [9, 90, 9, 360]}, {"b": [18, 90, 18, 360], "a": [0, 10, 0, 40]}
+    ours, theirs = (curves.Condition([result([], speakers=speakers)]) for speakers in both)
+    assert curves.difference(ours, theirs, 0) == pytest.approx(((2 - 9) / 100, -9 / 90, 2 / 10))
     assert ours.errors(1) == pytest.approx([12 / 400])
 
 
-def test_only_common_seeds_are_compared():
-    ours = curves.Point([result([5, 5], seed=2), result([1, 1], seed=0)])
-    theirs = curves.Point([result([2, 2], seed=seed) for seed in (0, 1)])
-    assert ours.errors() == [0.1, 0.5]  # by seed
-    assert curves.difference(ours, theirs) == (pytest.approx(-0.1),) * 3
+class Simulated(curves.Condition):
+    """A condition of simulated counts: (seeds, speakers, 2), by folds of equally many speakers."""
+
+    def __init__(self, counts):
+        self.counts, self.speakers = counts, [counts.shape[1] // 3] * 3
+
+
+@pytest.mark.parametrize(
+    ("words", "run", "luck"),  # a speaker's words; standard deviations of a run's error, and of a speaker's in a run
+    [(40, 0.004, 0.03), (18, 0.007, 0.05)],
+)
+def test_intervals_cover_the_true_difference(words, run, luck):
+    """Of 1,000 experiments: speakers differ, in general and in what a condition does for them, and so do runs."""
+    draw, covered, truth = np.random.default_rng(0), 0, 0.01
+    for _ in range(1_000):
+        total = draw.integers(words // 2, 3 * words // 2, 240)
+        hard, conditions = draw.normal(0.25, 0.12, 240), []
+        for number in range(6):
+            chance = hard + truth * (number == 0) + draw.normal(0, 0.03, 240)
+            chance = chance + np.repeat(draw.normal(0, run, (2, 3)), 80, axis=1) + draw.normal(0, luck, (2, 240))
+            errors = draw.binomial(total, chance.clip(0, 1))
+            conditions.append(Simulated(np.stack((errors, np.tile(total, (2, 1))), axis=2)))
+        _, lower, upper = curves.difference(*conditions[:2], curves.variance_between_runs(conditions))
+        covered += lower <= truth <= upper
+    assert 930 <= covered <= 970
+
+
+def test_mapsswe_is_the_normal_test_of_the_utterances_differences():
+    """By hand: differences 2, 0, 1, 1 in each fold and seed have the mean 1, and a deviation of sqrt(6 / 11)."""
+    ours, theirs = condition([3, 1, 2, 2]), condition([1, 1, 1, 1])
+    z = 1 / np.sqrt(6 / 11 / 12)
+    tail = np.trapezoid(np.exp(-(np.linspace(z, 12, 100_001) ** 2) / 2), dx=(12 - z) / 1e5) / np.sqrt(2 * np.pi)
+    assert curves.mapsswe(ours, theirs) == pytest.approx(2 * tail, rel=1e-4)
+    assert curves.mapsswe(ours, ours) == 1
 
 
 def test_the_verdict_follows_from_the_intervals(tmp_path):
-    """Of 40 speakers with 100 words each. Dense: 20 errors each."""
-    swinging = np.resize([-6, 6], 40)  # by so many words, no difference on average
-
-    def seeds(errors, **which):
-        return [result(20 + np.array(errors), words=100, seed=seed, **which) for seed in range(2)]
-
-    lines = [
-        *seeds([0] * 40, budget=1.0),
-        *seeds([-2] * 40, budget=0.9),
-        *seeds(swinging, budget=0.8),
-        *seeds([3] * 40, budget=0.7),
-        *seeds([0] * 40, budget=0.6),
-        *seeds(np.resize([0, 0, 0, 0, 1], 40), budget=0.5),
-        *seeds(np.resize([0, 1], 40), budget=0.4),
-        *seeds(np.resize([0, 1], 40), budget=0.4, method="transformer"),
-        *seeds([1] * 40, budget=0.5, method="transformer"),
-        *seeds([1] * 40, budget=0.7, method="transformer", converged=False),
-    ]
-    said = " ".join(curves.verdict(curves.read(written(tmp_path, lines))).split())
-    assert "- Dense on test: ASR 20.00 % word errors (of 4,000, by 40 speakers; margin 0.40 points). -" in said
-    assert "30 % less: ASR shown at 0.9 (0.9 more accurate, 0.8 not told apart, 0.7 worse). -" in said
-    assert "50 % less: ASR shown at 0.6 and 0.5 (0.6 no worse, 0.5 worse by less than the margin). -" in said
-    assert (
-        "than `transformer`: ASR shown at 0.5 (0.9 not measured, 0.7 worse, 0.5 more accurate, 0.4 not told apart). -"
-        in said
-    )
-    assert "no claim: ASR 0.9 not measured, 0.7 worse, 0.5 worse, 0.4 worse." in said
-    few = [r for r in lines if r["budget"] in (1, 0.7) and r["method"] == "mac"]
-    few += [result([1, 3], budget=budget, task="slu", seed=budget < 1) for budget in (1.0, 0.7)]  # no common seed
-    few += [result([1, 3], budget=0.5, task="slu")]
-    tasks = curves.read(written(tmp_path, few))
-    said = " ".join(curves.verdict(tasks).split())
-    assert "(0.9 not measured, 0.8 not measured, 0.7 worse); SLU not shown (0.9 not measured, 0.8 not m" in said
-    assert "(0.6 not measured, 0.5 not measured); SLU shown at 0.5 (0.6 not measured, 0.5 no worse). -" in said
-    assert [row.split("|")[8].strip() for row in curves.table(tasks).splitlines() if "slu `mac`" in row][0] == ""
-    assert sum(len(signs(panel)) for panel in panels(tasks).values()) == 4 and "nan" not in curves.figure(tasks)
+    """With the same flags for all, and with flags for `mac` 0.7 with which it is better than that dense."""
+    beside = {("dense", 1.0): [22] * 40, ("mac", 0.7): [21] * 40}
+    for best, tuned in (
+        ((1, 1), "both with the flags that are best for the former. ASR, a quarter: these are those that"),
+        ((1, 2), "the former. ASR, a quarter: more accurate; each with its own best, worse by"),
+    ):
+        panels, _ = curves.read(written(tmp_path, everything(ERRORS, best, words=100, beside=beside)))
+        said = " ".join(curves.verdict(panels).split())
+        assert "ASR, a quarter, 20.00 % word errors (of 12,000, by 120 speakers; margin 1.00 points). -" in said
+        assert tuned in said
+        assert "to 30 % less. ASR, a quarter: shown at 0.9 (0.9 more accurate, 0.7 not told apart). -" in said
+        assert "with 50 % less. ASR, a quarter: shown at 0.5 (0.5 worse by less than the margin). -" in said
+        assert "`transformer`. ASR, a quarter: shown at 0.7 (0.7 more accurate, 0.5 not told apart). -" in said
+        assert len(curves.table(panels).splitlines()) == 2 + 6 + 2 * (best[0] != best[1])
 
 
-def test_drawn_seeds_widen_the_interval():
-    """Two seeds that differ by two words for every speaker: a draw has one of them twice, or both."""
-    ours = curves.Point([result([4] * 40, words=100, seed=0), result([8] * 40, words=100, seed=1)])
-    theirs = curves.Point([result([4] * 40, words=100, seed=seed) for seed in range(2)])
-    assert curves.difference(ours, theirs) == (pytest.approx(0.02),) * 3
-    assert curves.difference(ours, theirs, draw_seeds=True) == pytest.approx((0.02, 0, 0.04))
-    tasks = {"asr": {("dense", 1.0): theirs, ("mac", 0.5): ours}}
-    assert "| +2.00 [+2.00, +2.00] |" in curves.report(tasks) and "0.5 worse)" in curves.report(tasks)
-    assert "| +2.00 [+0.00, +4.00] |" in curves.report(tasks, draw_seeds=True)
-    assert "0.5 not told apart)" in curves.report(tasks, draw_seeds=True)
+def test_nothing_is_said_before_all_points_are_there(tmp_path, monkeypatch, capsys):
+    lines = everything(ERRORS, words=100)
+    slu = everything(ERRORS, words=100, task="slu")
+    del slu[-1]
+    assert len(lines) == 6 * 6 + 2 * 3 * 3
+    panels, missing = curves.read(written(tmp_path, lines + slu))
+    assert [p.task for p in panels] == ["asr"]
+    assert missing == ["slu quarter has 53 points, and lacks 1 or more"]
+    assert list(drawn_panels(panels)) == ["asr-quarter"]
+    for few in (slu, lines[:30], lines[1:]):
+        path = written(tmp_path, few)
+        monkeypatch.setattr(sys, "argv", ["curves.py", str(path)])
+        with pytest.raises(SystemExit):
+            curves.main()
+        assert "has no task and amount of data of which all points are there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -189,38 +259,36 @@ def test_an_interval_in_words(lower, upper, word):
 
 
 def test_the_tables_say_what_was_measured(tmp_path):
-    lines = [
-        result([1, 3], budget=1.0, task="slu"),
-        result([3, 3], budget=0.7, task="slu", converged=False),
-        result([2, 3], budget=0.7, task="slu", method="transformer"),
-        result([1, 3], budget=1.0),
-        result([2, 2], budget=0.5),
-    ]
-    tasks = curves.read(written(tmp_path, lines))
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in curves.table(tasks).splitlines()]
-    assert {len(row) for row in rows} == {9}
-    assert rows[2] == ["asr dense", "100.0%", "100.0%", "", "30.00", "20.00 (5.00)", "20.0", "", ""]
-    assert rows[4] == ["slu dense", "100.0%", "100.0%", "", "20.00", "20.00", "20.0", "", ""]
-    assert rows[5][:7] == ["slu `mac` 0.7 (not converged)", "70.0%", "70.0%", "90%, 25%, 50%", "20.00", "30.00", "30.0"]
-    assert rows[5][7:] == ["+10.00 [+0.00, +20.00]", "+5.00 [+0.00, +10.00]"]
-    assert rows[6][0] == "slu `transformer` 0.7" and rows[6][8] == ""
-    assert "SLU 20.00 % intents wrong (of 20, by 2 speakers; margin 0.40 points)" in curves.verdict(tasks).replace(
-        "\n ", ""
-    )
-    drawn = ElementTree.fromstring(curves.figure(tasks))
-    assert sum(len(signs(panel)) for panel in panels(tasks).values()) == 5
-    assert all("nan" not in value for element in drawn.iter() for value in element.attrib.values())
+    lines = everything(ERRORS, words=100) + everything(ERRORS, (0, 3), task="slu", words=100)
+    lines[-1]["converged"] = False
+    which = "`{method}` {budget}".format(**lines[-1])
+    panels, _ = curves.read(written(tmp_path, lines))
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in curves.table(panels).splitlines()]
+    assert {len(row) for row in rows} == {9} and len(rows) == 2 + 6 + 8
+    assert rows[2] == ["asr quarter dense", "100.0%", "100.0%", "", "20.00", "20.00 (5.00)", "20.0, 20.0", "", ""]
+    ours = next(row for row in rows if row[0] == "asr quarter `mac` 0.5")
+    assert ours[:7] == [ours[0], "50.0%", "50.0%", "90%, 25%, 50%", "30.00", "20.50 (5.12)", "20.5, 20.5"]
+    assert ours[7].startswith("+0.50 [+0.41, +0.59], p ") and ours[8] == "+0.00 [+0.00, +0.00]"
+    assert [row[0] for row in rows if "converged" in row[0]] == [f"slu quarter {which} (not converged)"]
+    beside = FLAGS["slu"][3]
+    assert [row[0] for row in rows[-2:]] == [f"slu quarter dense, `{beside}`", f"slu quarter `mac` 0.7, `{beside}`"]
+    assert not any("p " in row[7] for row in rows[8:])
+    tried = curves.tuning_table(panels).splitlines()
+    assert len(tried) == 2 + 4 + 4
+    assert f"| asr quarter `{FLAGS['asr'][0]}` | **20.00** | **20.00** |" in tried
+    assert f"| slu quarter `{FLAGS['slu'][0]}` | **20.00** | 30.00 |" in tried
+    elements = ElementTree.fromstring(curves.figure(panels)).iter()
+    assert all("nan" not in value for element in elements for value in element.attrib.values())
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"flags": "x"}, {"inputs": "x"}, {"updates": {"prune": 9}}, {"speakers": {"s0": [1, 9, 1, 36]}}, {"budget": 0.7}],
+    [{"inputs": "x"}, {"options": "x"}, {"speakers": {"s0": [1, 9, 1, 36]}}, {"utterances": [1]}, {"seed": 0}],
 )
 def test_points_that_make_no_common_curve_are_refused(tmp_path, change):
-    lines = [result([1, 2], budget=budget) for budget in (1.0, 0.7, 0.5)]
-    assert len(curves.read(written(tmp_path, lines))["asr"]) == 3
-    lines[2] |= change
-    with pytest.raises(UserError, match=r"^\S+, line 3: is the same point as an earlier line, or differs from one"):
+    lines = [result([1, 2], seed=seed) for seed in grid.SEEDS]
+    lines[1] |= change
+    with pytest.raises(UserError, match=r"^\S+, line 2: is the same point as an earlier line, or differs from one"):
         curves.read(written(tmp_path, lines))
 
 
@@ -231,18 +299,26 @@ def test_points_that_make_no_common_curve_are_refused(tmp_path, change):
         '{"task": "asr"',
         "7",
         json.dumps(result([1])),
-        json.dumps(result([1], budget=1)),
-        json.dumps(result([1], task="x")),
-        json.dumps(result([1], method="x")),
-        json.dumps(result([1], budget=-1)),
-        json.dumps(result([1]) | {"budget": "1"}),
-        json.dumps(result([1], seed=None)),
-        json.dumps(result([1], dev={})),
-        json.dumps(result([1], macs="0.5")),
-        json.dumps(result([1], expected=None)),
-        json.dumps(result([], speakers={})),
-        json.dumps(result([], speakers={"s": [1, 2]})),
-        json.dumps(result([1], words=0)),
+        *(
+            json.dumps(result([1]) | change)
+            for change in (
+                {"task": "x"},
+                {"amount": "x"},
+                {"method": "x"},
+                {"budget": -1},
+                {"budget": "0.5"},
+                {"seed": None},
+                {"fold": 3},
+                {"flags": "x"},
+                {"dev": {}},
+                {"macs": "0.5"},
+                {"expected": None},
+                {"speakers": {}},
+                {"speakers": {"s": [1, 2]}},
+                {"speakers": {"s": [1, 0, 1, 0]}},
+                {"utterances": ["x"]},
+            )
+        ),
         json.dumps({name: value for name, value in result([1]).items() if name != "converged"}),
         "\xff",
     ],
@@ -255,16 +331,16 @@ def test_what_are_no_results_ends_in_one_line(tmp_path, monkeypatch, capsys, tex
         curves.main()
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
-    if text and text not in map(json.dumps, (result([1]), result([1], budget=1))):  # which are results
+    if text not in ("", json.dumps(result([1]))):  # which is a result
         assert said.startswith(f"curves: {path}, line 1: is no result of tests/experiment/grid.py (")
     assert [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
 
 
-def test_a_grid_gathers_the_errors_of_each_speaker():
+def test_a_grid_gathers_the_errors_of_each_speaker_and_utterance():
     speakers = {"a1": "ann", "a2": "ann", "b1": "bob"}
     rows = [("a1", "GO ON", "GO NO"), ("b1", "STOP", "STOP"), ("a2", "YES", "")]
-    assert grid.errors_by_speaker("asr", rows, speakers) == {"ann": [2, 3, 5, 8], "bob": [0, 1, 0, 4]}
-    assert grid.errors_by_speaker("slu", rows, speakers) == {"ann": [2, 2], "bob": [0, 1]}
+    assert grid.errors_of("asr", rows, speakers) == ({"ann": [2, 3, 5, 8], "bob": [0, 1, 0, 4]}, [1, 0, 1])
+    assert grid.errors_of("slu", rows, speakers) == ({"ann": [2, 2], "bob": [0, 1]}, [1, 0, 1])
 
 
 def test_a_grid_needs_enough_speakers_that_nobody_has_heard():
@@ -281,13 +357,27 @@ def test_a_grid_needs_enough_speakers_that_nobody_has_heard():
             grid.speakers_of(wrong)
 
 
+def test_the_grid_tries_all_flags_and_then_takes_the_best(tmp_path):
+    """Dense decides for all points; `mac` 0.7 for itself and dense beside it."""
+    lines = {grid.point_of(r): r for r in everything(ERRORS, (1, 2), words=100)}
+    tuning = grid.tuning("asr")
+    assert len(tuning) == 4 * 2 * 3 and {p.seed for p in tuning} == {0}
+    assert list(grid.points_of("asr", [])) == tuning and grid.chosen("asr", [lines[p] for p in tuning[1:]]) is None
+    assert grid.chosen("asr", [lines[p] for p in tuning]) == FLAGS["asr"][1:3]
+    points = grid.points_of("asr", [lines[p] for p in tuning])
+    assert points == lines.keys() and list(points)[: len(tuning)] == tuning
+    lines[tuning[0]]["dev"] = {"word_error_rate": -0.5}  # one fold of three
+    assert grid.chosen("asr", [lines[p] for p in tuning]) == [FLAGS["asr"][0], FLAGS["asr"][2]]
+
+
 def test_every_point_of_the_grid_is_within_reach():
-    for task in grid.POINTS:
-        points = grid.points_of(task)
-        assert "dense-1-2" in points and "mac-0.5-2" in points
-        for method, budget, _ in points.values():
-            check_budget(SMALL, method, budget)
-    assert grid.DENSE["slu"] in grid.flags_of("slu", 1.0) and grid.FLAGS["slu"] in grid.flags_of("slu", 0.7)
+    for task in grid.TRIED:
+        for point in grid.every_point(task).values():
+            if point.budget < 1:
+                check_budget(SMALL, point.method, point.budget)
+            flags = f"--task {task} --budget {point.budget} {grid.options_of(task, 'all', point)}"
+            assert sslprune.parse(flags.split()).prune_updates == grid.UPDATES["all"][0]
+        assert set(grid.tuning(task)) < set(grid.every_point(task).values())
 
 
 def make_corpus(root):
@@ -300,9 +390,13 @@ def make_corpus(root):
     return root
 
 
-def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_grid(tmp_path, monkeypatch, capsys):
+    """A function that calls grid.py in another repository, with one fold and two sets of flags."""
+
     def forked(command, cwd, stdout, stderr, env, check):  # which saves the seconds in which Python starts
         assert (command[:2], cwd, env["OMP_NUM_THREADS"]) == ([sys.executable, "sslprune.py"], tmp_path, "1")
+
         def work(rank):
             os.chdir(cwd)
             os._exit(sslprune.main(list(map(str, command[2:]))))  # the threads that Python would wait for are not here
@@ -311,72 +405,105 @@ def test_a_grid_runs_its_points_once(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=status)
 
     monkeypatch.setattr(grid, "ROOT", tmp_path)
+    monkeypatch.setattr(grid, "RUNS", tmp_path / "runs" / "grid")
+    monkeypatch.setattr(grid, "PRETRAINED", tmp_path / "tiny.pt")
+    monkeypatch.setattr(grid, "STARTS", tmp_path / "starts")
     monkeypatch.setattr(grid.subprocess, "run", forked)
-    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
-    monkeypatch.setattr(grid, "CHECKPOINT", {"slu": "tiny.pt"})
-    updates = "--dense-updates 0 --prune-updates 6 --finetune-updates 1 --evaluate-updates 0"
-    monkeypatch.setattr(grid, "COMMON", f"--batch-seconds 5 --gate-lr 1 {updates}")
-    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.7), 1), ("size", (0.8,), 1)]})
-    corpus, results = make_corpus(tmp_path / "corpus"), tmp_path / "new" / "results.jsonl"
+    monkeypatch.setattr(grid, "COMMON", "--batch-seconds 5 --gate-lr 1 --dense-updates 0 --evaluate-updates 0")
+    monkeypatch.setattr(grid, "UPDATES", {"quarter": (6, 1)})
+    start = "--budget 1 --batch-seconds 5 --dense-updates 0 --prune-updates 1 --finetune-updates 0"
+    monkeypatch.setattr(grid, "START", start)
+    monkeypatch.setattr(grid, "FOLDS", range(1))
+    monkeypatch.setattr(grid, "COMPARED", (("dense", 1.0), ("mac", 0.7), ("transformer", 0.9)))
+    tried = {"slow": "--prune-lr 1e-5 --finetune-lr 1e-5", "fast": "--prune-lr 1e-3 --finetune-lr 1e-3"}
+    monkeypatch.setattr(grid, "TRIED", {"asr": tried, "slu": tried})
+    for fold in range(2):
+        for task in ("asr", "slu"):
+            make_corpus(tmp_path / "tables" / f"{task}-quarter-{fold}")
 
-    def run(*arguments, results=results):
-        monkeypatch.setattr(sys, "argv", ["grid.py", "slu", str(corpus), "--results", str(results), *arguments])
+    def run(task, *arguments, results="results.jsonl"):
+        command = ["grid.py", task, "quarter", str(tmp_path / "tables"), "--results", str(tmp_path / "new" / results)]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
         try:
             status = grid.main()
         except SystemExit as stopped:
             status = stopped.code
         return status, *capsys.readouterr()
 
-    assert run("--jobs", "0")[0] == 2
-    names = "dense-1-0, mac-0.7-0, size-0.8-0"
-    assert run("--only", "mac-0.5-0")[::2] == (2, f"grid: mac-0.5-0: no such point; there are {names}\n")
-    assert "1 of 3 points" in run("--only", "mac-0.7-0")[1]
-    status, printed, _ = run("--jobs", "2")
-    assert status == 0 and "dense-1-0: dev intent accuracy" in printed and "3 of 3 points" in printed
-    lines = grid.read_results(results)
-    assert [line["name"] for line in lines[:1]] == ["mac-0.7-0"]  # and only then the others
+    return run
+
+
+def test_a_grid_runs_its_points_once(small_grid, tmp_path, monkeypatch):
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
+    assert small_grid("slu", "--jobs", "0")[0] == 2
+    status, _, errors = small_grid("slu", "--only", "0-fast-mac-0.1-0")
+    assert status == 2 and errors.startswith("grid: 0-fast-mac-0.1-0: no such point; there are 0-slow-dense-1-0, ")
+    assert "1 of 1 points are in" in small_grid("slu", "--only", "0-fast-mac-0.7-0")[1]
+    status, printed, _ = small_grid("slu", "--jobs", "2")
+    lines = grid.read_results(tmp_path / "new" / "results.jsonl")
+    assert status == 0 and "0-slow-dense-1-0: dev " in printed
+    assert len(lines) in (8, 10) and f"{len(lines)} of {len(lines)} points are in" in printed
+    assert grid.point_of(lines[0]) == (0, "fast", "mac", 0.7, 0)  # and only then the others
     for line in lines:
-        method = "dense" if line["budget"] == 1 else line["method"]
-        assert line["name"] == f"{method}-{line['budget']:g}-{line['seed']}"
-        (out,) = (tmp_path / "runs" / "grid").glob(f"slu-*/{line['name']}/")
+        point = grid.point_of(line)
+        (out,) = (tmp_path / "runs" / "grid").glob(f"slu-quarter-{point.fold}-*/{point}/")
         report = json.loads((out / "report.json").read_text())
         wrong, count = np.sum(list(line["speakers"].values()), axis=0)
         assert wrong / count == pytest.approx(1 - report["metric"]["test"])
+        assert wrong == sum(line["utterances"]) and count == len(line["utterances"])
         assert line["dev"]["intent_accuracy"] == report["metric"]["dev"]
-        if method != "dense":
+        if point.budget < 1:
             kept, shape = report["expected_counts"], report["dense"]["shape"]
             assert line["expected"] == {kind: sum(kept[kind]) / sum(shape[kind]) for kind in kept}
-    points = curves.read(results)["slu"]
-    assert set(points) == {("dense", 1.0), ("mac", 0.7), ("size", 0.8)} and len(points["size", 0.8].results) == 1
-    assert points["mac", 0.7].macs <= 0.7 and "--prune-lr 1e-3" in points["mac", 0.7].results[0]["flags"]
-    assert run()[:2] == (0, f"3 of 3 points are in {results}\n")
+    (panel,), missing = curves.read(tmp_path / "new" / "results.jsonl")
+    assert not missing and panel.points.keys() == set(grid.COMPARED) and panel.points["mac", 0.7].macs <= 0.7
+    again = f"{len(lines)} of {len(lines)} points are in {tmp_path / 'new' / 'results.jsonl'}\n"
+    assert small_grid("slu")[:2] == (0, again)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")}
-    gathered = tmp_path / "gathered.jsonl"
-    assert "1 of 3 points" in run("--only", "size-0.8-0", results=gathered)[1]  # from its folder, and not run again
+    small_grid("slu", "--only", "0-fast-mac-0.7-0", results="gathered.jsonl")  # from its folder, and not run again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")} == made
-    assert grid.read_results(gathered) == [line for line in lines if line["name"] == "size-0.8-0"]
-    monkeypatch.setattr(grid, "POINTS", {"slu": [("mac", (1.0, 0.01, 0.9), 1)]})  # one is out of reach
-    status, printed, errors = run()
-    assert status == 2 and "mac-0.01-0: has failed; the end of" in errors
-    assert "mac-0.9-0: dev" in printed and f"2 of 3 points are in {results}" in printed
-    other = "has another checkpoint, corpus or flags; name another file"
+    assert grid.read_results(tmp_path / "new" / "gathered.jsonl") == lines[:1]
+    monkeypatch.setattr(grid, "COMPARED", (*grid.COMPARED, ("mac", 0.01), ("mac", 0.9)))  # one is out of reach
+    status, printed, errors = small_grid("slu")
+    assert status == 2 and errors.count("has failed; the end of its log in ") == 2
+    assert printed.count("-mac-0.9-") == 2 and f"{len(lines) + 2} of {len(lines) + 4} points are in" in printed
+    other = "has another start, corpus or flags; name another file"
     with monkeypatch.context() as changed:
-        changed.setattr(grid, "FLAGS", {"slu": "--prune-lr 1e-4"})
-        status, _, errors = run()
-        assert status == 2 and other in errors
-        assert "1 of 3 points" in run("--only", "mac-0.9-0", results=tmp_path / "other.jsonl")[1]  # in other folders
+        changed.setattr(grid, "COMMON", f"{grid.COMMON} --layer-drop 0.1")
+        assert other in small_grid("slu")[2]
     sslprune.save_model(sslprune.SpeechModel(tiny(seed=1), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
-    status, _, errors = run()
-    assert status == 2 and other in errors
+    assert other in small_grid("slu")[2]
+    corpus = tmp_path / "tables" / "slu-quarter-0"
     (corpus / "test.tsv").write_text((corpus / "train.tsv").read_text(encoding="utf-8"), encoding="utf-8")
-    status, _, errors = run()
-    assert (
-        status == 2 and "12, 0 utterances have none, and 12 are in train or dev" in errors and errors.count("\n") == 1
-    )
+    status, _, errors = small_grid("slu")
+    assert status == 2 and "12, 0 utterances have none, and 12 are in train or dev" in errors
+    assert errors.count("\n") == 1
 
 
-def test_the_pages_say_what_the_results_say(published):
-    """The experiment's own page has the verdict and the table, the main page the verdict."""
-    assert curves.verdict(published) in (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert curves.report(published) in (HERE / "README.md").read_text(encoding="utf-8")
-    assert curves.figure(published) == (HERE / "curve.svg").read_text(encoding="utf-8")
+def test_recognition_begins_with_the_start_of_its_fold(small_grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "FOLDS", range(2))
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage"]), tmp_path / "tiny.pt")
+    status, printed, _ = small_grid("asr", "--only", "1-fast-mac-0.7-1")
+    assert status == 0 and printed.splitlines()[0] == "starts/asr-quarter-1.pt: made"
+    assert [path.name for path in (tmp_path / "starts").iterdir()] == ["asr-quarter-1.pt"]
+    start = sslprune.torch.load(tmp_path / "starts" / "asr-quarter-1.pt")
+    assert start["task"] == "asr" and {w.dtype for w in start["weights"].values()} == {sslprune.torch.bfloat16}
+    (log,) = (tmp_path / "runs" / "grid").rglob("1-fast-mac-0.7-1.log")
+    assert str(tmp_path / "starts" / "asr-quarter-1.pt") in log.read_text()
+    assert "made" not in small_grid("asr", "--only", "1-fast-dense-1-0")[1]  # it is there
+    (tmp_path / "tiny.pt").write_bytes(b"")
+    status, _, errors = small_grid("asr", "--only", "0-fast-dense-1-0")
+    assert status == 2 and "asr-quarter-0.pt: could not be made; the end of its log in" in errors
+
+
+def test_the_pages_say_what_the_results_say():
+    """The experiment's own page has the verdict and the tables, the main page the verdict; or that there is none yet."""
+    page = (HERE / "README.md").read_text(encoding="utf-8")
+    try:
+        panels, _ = curves.read(HERE / "results.jsonl")
+    except UserError:
+        assert "No amount of a task is whole yet." in page
+        return
+    assert curves.verdict(panels) in (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert curves.report(panels) in page
+    assert curves.figure(panels) == (HERE / "curve.svg").read_text(encoding="utf-8")

@@ -556,7 +556,7 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
     for speaker in ("ann", "bob", "cyd"):
         for digit, take in ((7, 2), (7, 6), (8, 11), (0, 40)):
             speak(tmp_path / "digits" / "recordings" / f"{digit}_{speaker}_{take}.wav", rate=8_000)
-    speakers = ["0000002c", "0000002d", "00000036", "00000037"]  # 44, 45, 54, 55
+    speakers = [f"{7 * number:08x}" for number in range(12)]
     for word, extra in (("yes", ""), ("_unknown_", "tree_"), ("_silence_", None)):
         for speaker in speakers:
             name = "12" if extra is None else f"{extra}{speaker}_nohash_0.wav"
@@ -576,16 +576,25 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
     assert {(u.text, u.speaker) for u in found.train} == {("EIGHT", "ann"), ("ZERO", "ann")}
     assert [(u.text, u.speaker) for u in found.dev] == [("SEVEN", "ann")]
     assert Counter(u.speaker for u in found.test) == {"bob": 4, "cyd": 4}
-    found = open_corpus(tmp_path / "commands-tables", "slu")
-    assert {u.speaker for u in found.test} == {"0000002c"} and {u.speaker for u in found.train} == {"00000037"}
-    assert {u.speaker for u in found.dev} == {"0000002d", "00000036"}
-    assert {(u.text, u.intent) for u in found.dev} == {("YES", "yes"), ("TREE", "unknown")}
-    command[4:] = [tmp_path / "strings", "--strings"]
-    subprocess.run(command, check=True, capture_output=True)
-    found = open_corpus(tmp_path / "strings", "asr")
-    assert [sorted(u.text.split()) for u in found.test] == [["TREE", "YES"]] * 2
-    assert len(found.train) == 8 and {u.speaker for u in found.train} == {"00000037"}
-    assert [u.seconds for u in found.test] == [1, 1]  # two words of half a second
+    tested, tables = [], tmp_path / "commands-tables"
+    for fold in range(3):
+        words, strings = (open_corpus(tables / f"{task}-all-{fold}", task) for task in ("slu", "asr"))
+        assert {(u.text, u.intent) for u in words.dev} == {("YES", "yes"), ("TREE", "unknown")}
+        splits = [{u.speaker for u in split} for split in (words.train, words.dev, words.test)]
+        assert list(map(len, splits)) == [6, 2, 4] and set.union(*splits) == set(speakers)
+        tested += splits[2]
+        assert [{u.speaker for u in split} for split in (strings.train, strings.dev, strings.test)] == splits
+        assert len(strings.train) == 6 * 8 and len(strings.dev) == 2 * 2
+        first = {f"{speaker}-{number}.flac" for speaker in splits[2] for number in (0, 1)}
+        assert {os.path.basename(u.name) for u in strings.test} == first
+        for utterance in strings.train + strings.dev + strings.test:
+            assert sorted(utterance.text.split()) == ["TREE", "YES"]
+            assert utterance.seconds == 1  # two words of half a second
+        for task, corpus in (("slu", words), ("asr", strings)):
+            quarter = open_corpus(tables / f"{task}-quarter-{fold}", task)
+            assert [u.name for u in quarter.dev + quarter.test] == [u.name for u in corpus.dev + corpus.test]
+            assert len({u.speaker for u in quarter.train}) == 2 and {u.name for u in quarter.train} < {u.name for u in corpus.train}
+    assert sorted(tested) == speakers
     (tmp_path / "commands" / "_silence_").rename(tmp_path / "silence")
     (tmp_path / "digits" / "recordings" / "._0_ann_3.wav").touch()
     for corpus, folder, words in (

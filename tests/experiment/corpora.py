@@ -2,22 +2,22 @@
 
     git clone https://github.com/Jakobovski/free-spoken-digit-dataset
     .venv/bin/python tests/experiment/corpora.py digits free-spoken-digit-dataset tables/digits --test lucas
-    .venv/bin/python tests/experiment/corpora.py commands SPEECH_COMMANDS tables/commands
-    .venv/bin/python tests/experiment/corpora.py commands SPEECH_COMMANDS tables/strings --strings
     .venv/bin/python sslprune.py --task asr --budget 0.5 --data tables/digits --out runs/digits
+    .venv/bin/python tests/experiment/corpora.py commands SPEECH_COMMANDS tables
 
 `digits`, the Free Spoken Digit Dataset: recordings/DIGIT_SPEAKER_TAKE.wav. The speakers named by --test are the test
 set. Of the others, takes 5 to 9 of each digit are the dev set (takes 0 to 4 are the corpus's own test set, and are left
 out of training, too).
 
 `commands`, Speech Commands (Warden 2018): a folder a word, WORD/SPEAKER_nohash_TAKE.wav, or its test set with the
-classes `_unknown_` (whose files' names begin with the word) and `_silence_` (nobody's, and left out). It is split by
-speaker: a speaker is in the test set where its number, the hexadecimal in the name, has a remainder of under 45 when
-divided by 100; under 55, in the dev set; else in the training set. With --strings the utterances are strings of two to
-five words of one speaker, whose recordings follow each other in random order: each recording is in eight strings of the
-training set, or in two of the others (a speaker's last ones may be shorter). They are written beside the tables.
+classes `_unknown_` (whose files' names begin with the word) and `_silence_` (nobody's, and left out). It becomes twelve
+corpora, TABLES/TASK-AMOUNT-FOLD. Speakers stand in the order of their numbers. Every third is a test speaker, from the
+first, second or third on in fold 0, 1 or 2; of the others, every fifth is a dev speaker and the rest train: all of
+them, or every fourth (a quarter). The utterances of `slu` are the words. Those of `asr` are strings of two to five
+words of one speaker, whose recordings follow each other in random order: each recording is in eight strings, of which
+dev and test have the first two (a speaker's last ones may be shorter). The audio of strings is in TABLES/strings.
 
-`path` in a table is from the table's folder; move the two together.
+`path` in a table is from the table's folder; move them together.
 """
 
 import argparse
@@ -65,43 +65,56 @@ def digits(folder, test_speakers):
             yield split, path, DIGITS[int(digit)], DIGITS[int(digit)], speaker
 
 
-def commands(folder):
-    """(split, path, text, intent, speaker) of each recording of Speech Commands of which the speaker is known."""
+def commands(folder, audio):
+    """(corpus, split, path, text, intent, speaker) of each word and string of Speech Commands, in each corpus."""
     pattern = r"(?:(\w+)_)?([0-9a-f]{8})_nohash_\d+(?:\.wav)+"
-    found = [(path, re.fullmatch(pattern, path.name)) for path in listed(folder, "*/*.wav")]
-    if not any(match for _, match in found):
+    named = [(path, re.fullmatch(pattern, path.name)) for path in listed(folder, "*/*.wav")]
+    if not any(match for _, match in named):
         refuse(f"{folder}: holds no recordings WORD/SPEAKER_nohash_TAKE.wav; give the corpus's own folder")
-    for path, match in found:
+    spoken = {}  # {speaker: recordings}
+    for path, match in named:
         if match:
-            place = int(match[2], 16) % 100
             label = path.parent.name.strip("_")
-            yield "test" if place < 45 else "dev" if place < 55 else "train", path, match[1] or label, label, match[2]
+            spoken.setdefault(match[2], []).append((path, match[1] or label, label, match[2]))
+    audio.mkdir(parents=True, exist_ok=True)
+    strung = {speaker: list(strings(recordings, audio)) for speaker, recordings in spoken.items()}
+    for fold in range(3):
+        for amount in ("all", "quarter"):
+            for speaker, split in splits(sorted(spoken), fold, amount):
+                for row in spoken[speaker]:
+                    yield f"slu-{amount}-{fold}", split, *row
+                for number, row in strung[speaker]:
+                    if split == "train" or number < 2:
+                        yield f"asr-{amount}-{fold}", split, *row
 
 
-def strings(rows, folder):
-    """(split, path, text, "", speaker) of strings of a speaker's recordings, whose audio goes into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(0)
-    by_speaker = {}
-    for split, path, text, _, speaker in rows:
-        by_speaker.setdefault((split, speaker), []).append((path, text))
-    for (split, speaker), recordings in sorted(by_speaker.items()):
-        count = itertools.count()
-        for _ in range(8 if split == "train" else 2):
-            left = draw.sample(recordings, len(recordings))
-            while left:
-                length = draw.randint(2, 5)
-                string, left = left[:length], left[length:]
-                audio, rates = zip(*(soundfile.read(path, dtype="int16") for path, _ in string))
-                path = folder / f"{speaker}-{next(count)}.flac"
-                soundfile.write(path, np.concatenate(audio), rates[0])
-                yield split, path, " ".join(text for _, text in string), "", speaker
+def splits(speakers, fold, amount):
+    """(speaker, split) of each speaker who is in a split."""
+    others = [speaker for i, speaker in enumerate(speakers) if i % 3 != fold]
+    train = [speaker for i, speaker in enumerate(others) if i % 5]
+    yield from ((speaker, "test") for speaker in speakers[fold::3])
+    yield from ((speaker, "dev") for speaker in others[::5])
+    yield from ((speaker, "train") for speaker in (train[::4] if amount == "quarter" else train))
+
+
+def strings(recordings, audio):
+    """(number of the drawing, (path, text, "", speaker)) of strings of one speaker's recordings, written as audio."""
+    speaker = recordings[0][-1]
+    draw, count = random.Random(speaker), itertools.count()
+    for number in range(8):
+        left = draw.sample(recordings, len(recordings))
+        while left:
+            length = draw.randint(2, 5)
+            string, left = left[:length], left[length:]
+            samples, rates = zip(*(soundfile.read(path, dtype="int16") for path, *_ in string))
+            path = audio / f"{speaker}-{next(count)}.flac"
+            soundfile.write(path, np.concatenate(samples), rates[0])
+            yield number, (path, " ".join(text for _, text, *_ in string), "", speaker)
 
 
 def write_tables(rows, folder):
-    """Write the rows into a table for each split, and say how many there are, of how many speakers."""
+    """Write rows (split, path, ...) into a table for each split, and say how many there are, of how many speakers."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(rows)
     for split in ("train", "dev", "test"):
         lines = [(os.path.relpath(path, folder), *rest) for name, path, *rest in rows if name == split]
         if not lines:
@@ -117,12 +130,15 @@ def main():
     parser.add_argument("folder", type=Path, help="of the corpus")
     parser.add_argument("tables", type=Path, help="the folder to write into")
     parser.add_argument("--test", default="lucas", metavar="NAMES", help="test speakers of digits, joined by commas")
-    parser.add_argument("--strings", action="store_true", help="of commands: strings of a speaker's words")
     options = parser.parse_args()
-    if options.strings and options.corpus != "commands":
-        refuse("--strings is for commands")
-    rows = digits(options.folder, options.test.split(",")) if options.corpus == "digits" else commands(options.folder)
-    write_tables(strings(rows, options.tables / "audio") if options.strings else rows, options.tables)
+    if options.corpus == "digits":
+        write_tables(list(digits(options.folder, options.test.split(","))), options.tables)
+        return
+    corpora = {}
+    for name, *row in commands(options.folder, options.tables / "strings"):
+        corpora.setdefault(name, []).append(row)
+    for name, rows in corpora.items():
+        write_tables(rows, options.tables / name)
 
 
 if __name__ == "__main__":

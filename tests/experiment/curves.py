@@ -2,19 +2,20 @@
 
     .venv/bin/python tests/experiment/curves.py                     # the page's, from results.jsonl
     .venv/bin/python tests/experiment/curves.py runs/results.jsonl  # your own, from grid.py
-    .venv/bin/python tests/experiment/curves.py --draw-seeds        # intervals that are also over the seeds
 
-prints the verdict and the table, as they stand in the README, and draws curve.svg beside the results.
+prints the verdict and the tables, as they stand in the README, and draws curve.svg beside the results.
 
-A point is a method at a budget. Its errors are those of all its seeds, added up for each test speaker. The interval of
-a difference is a bootstrap over speakers (Bisani and Ney, ICASSP 2004): 10,000 times, as many speakers as there are are
-drawn with replacement, the same ones for both points, and the difference is counted again; the interval holds the
-middle 95 %. With --draw-seeds the seeds are drawn so, too. What the words of `judged` mean, and MARGIN, were fixed
-before the test set was looked at.
+A condition is a method at a budget, with a set of flags. Its errors are those of all folds, in which each speaker is
+tested once, and of all seeds. The interval of a difference holds the middle 95 % of 10,000 draws: as many speakers as
+there are, drawn with replacement, the same ones for both conditions (a bootstrap, Bisani and Ney, ICASSP 2004), plus a
+normal number for other runs (`difference`). What the words of `judged` mean, and MARGIN, were fixed before the first
+point ran. Nothing is said of a task and an amount of data before all of its points are there.
 """
 
 import argparse
 import functools
+import itertools
+import math
 import textwrap
 from pathlib import Path
 
@@ -24,94 +25,166 @@ from grid import UserError
 
 from gates import KINDS
 
-MARGIN = 0.02  # of the dense model's error
+MARGIN = 0.05  # of the dense model's error
 DRAWS = 10_000
 METHODS = {  # in the figure
     "dense": ("#000000", "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0Z"),
     "mac": ("#0072b2", "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0Z"),
     "transformer": ("#d55e00", "M-3.2-3.2h6.4v6.4h-6.4Z"),
-    "size": ("#009e73", "M0-4.6L4.6 0L0 4.6L-4.6 0Z"),
-    "sepsize": ("#cc79a7", "M0-4.8L4.4 3.2H-4.4Z"),
 }
-TASKS = {"asr": "word errors", "slu": "intents wrong"}
+ERRORS = {"asr": "word errors", "slu": "intents wrong"}
+AMOUNTS = {"quarter": "a quarter", "all": "all data"}
 MORE_ACCURATE, NO_WORSE, LITTLE_WORSE = "more accurate", "no worse", "worse by less than the margin"
 SHOWS_BETTER, SHOWS_NO_WORSE = {MORE_ACCURATE}, {MORE_ACCURATE, NO_WORSE, LITTLE_WORSE}
 CLAIMS = [  # (the claim, what is compared with what, at which budgets, which words show it)
-    ("`mac` more accurate than dense with 10 to 30 % less", "mac", "dense", (0.9, 0.8, 0.7), SHOWS_BETTER),
-    ("`mac` no worse than dense with 40 to 50 % less", "mac", "dense", (0.6, 0.5), SHOWS_NO_WORSE),
-    ("`mac` more accurate than `transformer`", "mac", "transformer", (0.9, 0.7, 0.5, 0.4), SHOWS_BETTER),
-    ("`transformer` against dense, which is no claim", "transformer", "dense", (0.9, 0.7, 0.5, 0.4), None),
+    ("`mac` more accurate than dense with 10 to 30 % less", "mac", "dense", (0.9, 0.7), SHOWS_BETTER),
+    ("`mac` no worse than dense with 50 % less", "mac", "dense", (0.5,), SHOWS_NO_WORSE),
+    ("`mac` more accurate than `transformer`", "mac", "transformer", (0.7, 0.5), SHOWS_BETTER),
 ]
 
 
-class Point:
-    """The runs of a task, method and budget, which differ in their seeds."""
+class Condition:
+    """The runs of a method at a budget with a set of flags: of each fold and seed one."""
 
     def __init__(self, results):
-        self.results = sorted(results, key=lambda result: result["seed"])
+        self.results = sorted(results, key=lambda r: (r["seed"], r["fold"]))
         self.macs, self.params = (np.mean([r[cost] for r in results]) for cost in ("macs", "params"))
-        # {seed: (speakers, numbers)}: errors, of how many; in recognition, of characters after those of words
-        self.counts = {r["seed"]: np.array([r["speakers"][s] for s in sorted(r["speakers"])]) for r in self.results}
+        self.dev = np.mean([grid.dev_error(r) for r in results])
+        self.speakers = [len(r["speakers"]) for r in self.results if r["seed"] == 0]  # of each fold
+        # (seeds, speakers, numbers): errors, of how many; in recognition, of characters after those of words
+        self.counts = self.of_seeds(lambda r: [r["speakers"][s] for s in sorted(r["speakers"])])
+        self.utterances = self.of_seeds(lambda r: r["utterances"])  # (seeds, utterances): errors
+
+    def of_seeds(self, function):
+        """An array of function(result), one after the other in the order of folds, for each seed."""
+        seeds = itertools.groupby(self.results, lambda r: r["seed"])
+        return np.array([np.concatenate([function(r) for r in runs]) for _, runs in seeds])
 
     def errors(self, which=0):
         """Part of the words or intents (0), or of the characters (1), that is wrong, for each seed."""
-        sums = [counts.sum(0)[2 * which : 2 * which + 2] for counts in self.counts.values()]
-        return [wrong / total for wrong, total in sums]
+        return self.counts[:, :, 2 * which].sum(1) / self.counts[:, :, 2 * which + 1].sum(1)
 
-    def dev(self):
-        """The same as errors, of the dev set, a mean."""
-        metrics = [result["dev"] for result in self.results]
-        return np.mean([m["word_error_rate"] if "word_error_rate" in m else 1 - m["intent_accuracy"] for m in metrics])
+    def folds(self):
+        """The counts of each fold: (seeds, speakers, numbers) each."""
+        return np.split(self.counts, np.cumsum(self.speakers)[:-1], axis=1)
+
+
+# --- Statistics ----------------------------------------------------------------------------------------------------
+
+
+def sampling_variance(changes, total):
+    """Variance of changes.sum() / total.sum() by the draw of speakers: linearised, as of a ratio (Cochran 1977)."""
+    rest = changes - changes.sum() / total.sum() * total
+    return (rest**2).sum() / total.sum() ** 2 * len(total) / (len(total) - 1)
+
+
+def variance_between_runs(conditions):
+    """How much the error of a fold varies from run to run, beyond what these speakers' own luck explains.
+
+    Two runs of a condition differ by what is theirs and by what each speaker's words did in each. The bootstrap over
+    speakers has the latter already: their squared difference, less its variance by speakers, is twice the former.
+    """
+    found = []
+    for counts in itertools.chain(*(condition.folds() for condition in conditions)):
+        total = counts[0, :, 1]
+        for one, other in itertools.combinations(counts[:, :, 0], 2):
+            changes = one - other
+            found.append((changes.sum() / total.sum()) ** 2 / 2 - sampling_variance(changes, total) / 2)
+    return max(0.0, np.mean(found))
 
 
 @functools.cache
-def drawn(*sizes):
-    """How often each of so many speakers, and each of so many seeds, is drawn: (DRAWS, size) each, always the same."""
+def drawn(speakers):
+    """How often each of so many speakers is drawn, (DRAWS, speakers), and DRAWS normal numbers; always the same."""
     random = np.random.RandomState(0)
-    return [random.multinomial(size, [1 / size] * size, size=DRAWS) for size in sizes]
+    return random.multinomial(speakers, [1 / speakers] * speakers, size=DRAWS).astype(float), random.randn(DRAWS)
 
 
-def difference(point, other, draw_seeds=False):
-    """Point's error less other's, in the seeds that both have, and its interval: (difference, lower, upper).
+def difference(ours, theirs, between_runs):
+    """Our error less theirs, and its interval: (difference, lower, upper).
 
-    None where one of them is None, or they have no seed in common.
+    between_runs: the variance of a fold's error. In a fold, the difference of the means of S runs each varies by
+    2 `between_runs` / S; folds weigh by their words.
     """
-    seeds = point.counts.keys() & other.counts.keys() if point and other else None
-    if not seeds:
-        return None
-    changes = np.array([point.counts[seed][:, 0] - other.counts[seed][:, 0] for seed in seeds])  # (seeds, speakers)
-    total = point.counts[min(seeds)][:, 1]  # of a seed; every one has the same test set
-    speakers, draws = drawn(len(total), len(seeds))
-    errors = (speakers @ changes.T * (draws if draw_seeds else 1)).sum(1)
-    lower, upper = np.percentile(errors / (speakers @ total * len(seeds)), (2.5, 97.5))
-    return changes.sum() / (total.sum() * len(seeds)), lower, upper
+    changes = (ours.counts - theirs.counts)[:, :, 0].mean(0)
+    total = ours.counts[0, :, 1]
+    speakers, normal = drawn(len(total))
+    weights = np.array([counts[0, :, 1].sum() for counts in ours.folds()]) / total.sum()
+    noise = np.sqrt(2 * between_runs / len(ours.counts) * (weights**2).sum())
+    lower, upper = np.percentile(speakers @ changes / (speakers @ total) + noise * normal, (2.5, 97.5))
+    return changes.sum() / total.sum(), lower, upper
+
+
+def mapsswe(ours, theirs):
+    """P of the matched-pairs test of word errors in sentences (Gillick and Cox, ICASSP 1989), two-sided.
+
+    It asks whether these very runs differ on other utterances; neither other speakers nor other runs are in it.
+    """
+    changes = (ours.utterances - theirs.utterances).mean(0)
+    deviation = changes.std(ddof=1) / np.sqrt(len(changes))
+    return math.erfc(abs(changes.mean()) / deviation / math.sqrt(2)) if deviation else float(not changes.any())
+
+
+# --- Results -------------------------------------------------------------------------------------------------------
+
+
+class Panel:
+    """All conditions of a task and an amount of data."""
+
+    def __init__(self, task, amount, results):
+        self.task, self.amount = task, amount
+        self.best, self.tried = grid.chosen(task, results), grid.tried(task, results)
+        groups = {}
+        for result in results:
+            groups.setdefault((result["flags"], result["method"], result["budget"]), []).append(result)
+        runs = len(grid.FOLDS) * len(grid.SEEDS)  # sets of flags that were only tried have fewer
+        whole = {key: Condition(group) for key, group in groups.items() if len(group) == runs}
+        self.between_runs = variance_between_runs(whole.values())
+        self.points, self.beside = (
+            {which: whole[flags, *which] for which in kinds} for flags, kinds in zip(self.best, (grid.COMPARED, grid.TUNED))
+        )
+        self.dense = self.points["dense", 1.0]
+        self.margin = MARGIN * np.mean(self.dense.errors())
+
+    def difference(self, ours, theirs):
+        return difference(ours, theirs, self.between_runs)
+
+    def judged(self, ours, theirs):
+        """What the difference's interval says, in words; with a margin where theirs is dense."""
+        dense = theirs in (self.dense, self.beside["dense", 1.0])
+        return judged(self.difference(ours, theirs), self.margin if dense else 0)
+
+    def __str__(self):
+        return f"{self.task.upper()}, {AMOUNTS[self.amount]}"
 
 
 def read(path):
-    """{task: {(method, budget): Point}} of a file of results. Raises UserError."""
-    groups, alike = {task: {} for task in TASKS}, {}
+    """([Panel], [what is not whole yet, in words]) of a file of results. Raises UserError."""
+    groups, alike = {}, {}
     for number, result in enumerate(grid.read_results(path), 1):
-        task, budget, seed = result["task"], result["budget"], result["seed"]
-        method = result["method"] if budget < 1 else "dense"
+        task, amount, point = result["task"], result["amount"], grid.point_of(result)
         test_set = {speaker: counts[1::2] for speaker, counts in result["speakers"].items()}
-        same = {task: (result["inputs"], test_set, result["updates"]), (task, method == "dense"): result["flags"]}
-        group = groups[task].setdefault((method, budget), {})
-        if seed in group or any(alike.setdefault(key, value) != value for key, value in same.items()):
+        same = {
+            (task, amount, point.fold): (result["inputs"], test_set, len(result["utterances"])),
+            (task, amount, point.flags): result["options"],
+        }
+        group = groups.setdefault((task, amount), {})
+        if point in group or any(alike.setdefault(key, value) != value for key, value in same.items()):
             raise UserError(
-                f"{path}, line {number}: is the same point as an earlier line, or differs from one in checkpoint,"
-                " corpus, flags or updates; remove one of them"
+                f"{path}, line {number}: is the same point as an earlier line, or differs from one in its start, corpus"
+                " or flags; remove one of them"
             )
-        group[seed] = result
-    if not any(groups.values()):
-        raise UserError(f"{path}: has no results; tests/experiment/grid.py makes them")
-    for task, points in groups.items():
-        if points and (("dense", 1.0) not in points or len(points) == 1):
-            raise UserError(f"{path}: has no dense reference and pruned point of {task}; grid.py runs them")
-    return {
-        task: {key: Point(list(seeds.values())) for key, seeds in points.items()}
-        for task, points in groups.items()
-        if points
-    }
+        group[point] = result
+    panels, missing = [], []
+    for (task, amount), group in groups.items():
+        to_go = grid.points_of(task, group.values()) - group.keys()
+        if to_go:
+            missing.append(f"{task} {amount} has {len(group)} points, and lacks {len(to_go)} or more")
+        else:
+            panels.append(Panel(task, amount, group.values()))
+    if not panels:
+        raise UserError(f"{path}: has no task and amount of data of which all points are there; grid.py makes them")
+    return sorted(panels, key=lambda p: (list(ERRORS).index(p.task), list(AMOUNTS).index(p.amount))), missing
 
 
 # --- Words ---------------------------------------------------------------------------------------------------------
@@ -119,13 +192,11 @@ def read(path):
 
 def in_points(values):
     """A difference with its interval."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values)) if values else ""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * value for value in values))
 
 
 def judged(values, margin):
     """What the interval of a difference says, in words."""
-    if values is None:
-        return "not measured"
     _, lower, upper = values
     if upper < 0:
         return MORE_ACCURATE
@@ -134,85 +205,94 @@ def judged(values, margin):
     return "worse" if lower > 0 else "not told apart"
 
 
-def compared(points, method, other, budgets, draw_seeds):
-    """{budget: what the interval says}; with a margin where the other is dense."""
-    dense, found = points["dense", 1.0], {}
-    for budget in budgets:
-        against = dense if other == "dense" else points.get((other, budget))
-        margin = MARGIN * np.mean(dense.errors()) if other == "dense" else 0
-        found[budget] = judged(difference(points.get((method, budget)), against, draw_seeds), margin)
-    return found
-
-
-def verdict(tasks, draw_seeds=False):
-    """What is compared, and whether each part of the paper's claim is shown, from the intervals alone."""
-    heads = []
-    for task, points in tasks.items():
-        dense = points["dense", 1.0]
-        error, counts = 100 * np.mean(dense.errors()), dense.counts[min(dense.counts)]
-        of = f"of {counts[:, 1].sum():,}, by {len(counts)} speakers; margin {MARGIN * error:.2f} points"
-        heads.append(f"{task.upper()} {error:.2f} % {TASKS[task]} ({of})")
-    lines = [f"Dense on test: {'; '.join(heads)}."]
+def verdict(panels):
+    """Five sentences: what is compared, whether each part of the paper's claim is shown, and what tuning does to it."""
+    heads, tuned = [], []
+    for p in panels:
+        error, counts = 100 * np.mean(p.dense.errors()), p.dense.counts[0]
+        of = f"of {counts[:, 1].sum():,}, by {len(counts)} speakers; margin {100 * p.margin:.2f} points"
+        heads.append(f"{p}, {error:.2f} % {ERRORS[p.task]} ({of})")
+        theirs = p.beside["mac", 0.7]
+        same, own = p.judged(theirs, p.beside["dense", 1.0]), p.judged(theirs, p.dense)
+        each = f"{same}; each with its own best, {own}"
+        tuned.append(f"{p}: {'these are those that are best for dense' if p.best[0] == p.best[1] else each}")
+    lines = [f"Dense on test: {'. '.join(heads)}."]
     for claim, method, other, budgets, wanted in CLAIMS:
         said = []
-        for task, points in tasks.items():
-            words = compared(points, method, other, budgets, draw_seeds)
+        for p in panels:
+            against = {budget: p.dense if other == "dense" else p.points[other, budget] for budget in budgets}
+            words = {budget: p.judged(p.points[method, budget], theirs) for budget, theirs in against.items()}
+            where = " and ".join(f"{budget:g}" for budget, word in words.items() if word in wanted)
             each = ", ".join(f"{budget:g} {word}" for budget, word in words.items())
-            if wanted:
-                where = " and ".join(f"{budget:g}" for budget, word in words.items() if word in wanted)
-                each = f"{f'shown at {where}' if where else 'not shown'} ({each})"
-            said.append(f"{task.upper()} {each}")
-        lines.append(f"{claim}: {'; '.join(said)}.")
+            said.append(f"{p}: {f'shown at {where}' if where else 'not shown'} ({each})")
+        lines.append(f"{claim}. {'. '.join(said)}.")
+    lines.append(f"`mac` at 0.7 against dense, both with the flags that are best for the former. {'. '.join(tuned)}.")
     return "\n".join(textwrap.fill(f"- {line}", 120, subsequent_indent="  ") for line in lines)
 
 
-def table(tasks, draw_seeds=False):
-    """Markdown: a line for each point, by task, method and falling budget."""
-    lines = [
-        "| wrong, in % | MACs | parameters | expected channels, heads, units | on dev | on test (characters) |"
-        " each seed | minus dense | minus `transformer` |",
-        "| --- |" + " ---: |" * 8,
-    ]
-    for task, points in tasks.items():
-        for method, budget in sorted(points, key=lambda key: (list(METHODS).index(key[0]), -key[1])):
-            p, dense, equal = (points.get(key) for key in ((method, budget), ("dense", 1.0), ("transformer", budget)))
-            name = f"{task} {f'`{method}` {budget:g}' if p is not dense else method}"
+def rows(head, lines):
+    """Markdown of a table: the first column is text, the others are numbers."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] + ["---:"] * (len(head) - 1), *lines])
+
+
+def table(panels):
+    """Markdown: a line for each condition."""
+    lines = []
+    for panel in panels:
+        beside = panel.beside.items() if panel.best[0] != panel.best[1] else ()
+        for (method, budget), p in [*panel.points.items(), *beside]:
+            mine = panel.points if p in panel.points.values() else panel.beside
+            dense, equal = mine["dense", 1.0], mine.get(("transformer", budget)) if method == "mac" else None
+            name = f"{panel.task} {panel.amount} {f'`{method}` {budget:g}' if p is not dense else method}"
+            name += f", `{panel.best[1]}`" if mine is panel.beside else ""
             name += "" if all(r["converged"] for r in p.results) else " (not converged)"
             kept = [] if p is dense else [np.mean([r["expected"][kind] for r in p.results]) for kind in KINDS["mac"]]
-            errors = [f"{100 * np.mean(p.errors(which)):.2f}" for which in range(2 if task == "asr" else 1)]
-            cells = [
+            errors = [f"{100 * np.mean(p.errors(which)):.2f}" for which in range(2 if panel.task == "asr" else 1)]
+            less = "" if p is dense else in_points(panel.difference(p, dense))
+            lines.append([
                 name,
                 f"{p.macs:.1%}",
                 f"{p.params:.1%}",
                 ", ".join(f"{share:.0%}" for share in kept),
-                f"{100 * p.dev():.2f}",
+                f"{100 * p.dev:.2f}",
                 errors[0] + "".join(f" ({error})" for error in errors[1:]),
                 ", ".join(f"{100 * error:.1f}" for error in p.errors()),
-                "" if p is dense else in_points(difference(p, dense, draw_seeds)),
-                in_points(difference(p, equal, draw_seeds)) if method == "mac" else "",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+                less + (f", p {mapsswe(p, dense):.2g}" if less and panel.task == "asr" else ""),
+                in_points(panel.difference(p, equal)) if equal else "",
+            ])  # fmt: skip
+    head = ["wrong, in %", "MACs", "parameters", "expected channels, heads, units", "on dev", "on test (characters)"]
+    return rows([*head, "each seed", "minus dense", "minus `transformer`"], lines)
+
+
+def tuning_table(panels):
+    """Markdown: errors on dev by which the flags were chosen."""
+    lines = []
+    for panel in panels:
+        for flags in grid.TRIED[panel.task]:
+            found = [panel.tried[which][flags] for which in grid.TUNED]
+            cells = [f"**{100 * e:.2f}**" if flags == best else f"{100 * e:.2f}" for e, best in zip(found, panel.best)]
+            lines.append([f"{panel.task} {panel.amount} `{flags}`", *cells])
+    return rows(["wrong on dev, in %, seed 0", "dense", "`mac` 0.7"], lines)
 
 
 # --- The figure ----------------------------------------------------------------------------------------------------
 
 
-def axes(task, left, x, y, fewest, low, high):
+def axes(panel, x, y, fewest, low, high):
     """SVG elements: a frame, its ticks and titles. x, y: from MACs and errors to places; what follows: their ranges."""
     step = next(s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 8)
     body = []
     for tick in np.arange(np.ceil(low / step), high / step) * step:
-        body.append(f'<path d="M{left} {y(tick):.1f}h380" stroke="#ddd"/>')
-        body.append(f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.3g}</text>')
+        body.append(f'<path d="M0 {y(tick):.1f}h380" stroke="#ddd"/>')
+        body.append(f'<text x="-6" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.3g}</text>')
     for tick in range(10, 101, 10):
         if tick >= 100 * fewest:
-            body.append(f'<text x="{x(tick / 100):.1f}" y="316" text-anchor="middle">{tick}</text>')
+            body.append(f'<text x="{x(tick / 100):.1f}" y="276" text-anchor="middle">{tick}</text>')
     return [
         *body,
-        f'<rect x="{left}" y="40" width="380" height="260" fill="none" stroke="#888"/>',
-        f'<text x="{left + 190}" y="22" text-anchor="middle">{task.upper()}: {TASKS[task]} on test, %</text>',
-        f'<text x="{left + 190}" y="336" text-anchor="middle">MACs kept, %</text>',
+        '<rect width="380" height="260" fill="none" stroke="#888"/>',
+        f'<text x="190" y="-18" text-anchor="middle">{panel}: {ERRORS[panel.task]} on test, %</text>',
+        '<text x="190" y="296" text-anchor="middle">MACs kept, %</text>',
     ]
 
 
@@ -222,32 +302,31 @@ def sign(method, x, y):
     return f'<path class="{method}" transform="translate({x:.2f} {y:.2f})" d="{path}" fill="{colour}"/>'
 
 
-def panel(task, points, left):
-    """SVG elements: error on test over MACs kept, as the table has them, each with an interval about it.
+def drawn_panel(panel):
+    """SVG elements: error on test over MACs kept, as the table has them, and intervals of the differences from dense.
 
-    The interval is that of its difference from dense. Points of one seed are compared with that seed of dense, and so
-    the line of dashes, all seeds of dense, is not what it is to be held against.
+    The dashed line is dense, the dotted one dense and the margin: below it, a pruned model is no worse.
     """
-    reference = np.mean(points["dense", 1.0].errors())
-    spans = {}  # error, and the ends of the interval
-    for key, p in points.items():
-        if found := difference(p, points["dense", 1.0]):
-            spans[key] = [np.mean(p.errors()) + value - found[0] for value in found]
+    reference, spans = np.mean(panel.dense.errors()), {}  # spans: error, and the ends of the interval
+    for key, p in panel.points.items():
+        values = panel.difference(p, panel.dense) if p is not panel.dense else (0, 0, 0)
+        spans[key] = [reference + value for value in values]
     low, high = min(span[1] for span in spans.values()), max(span[2] for span in spans.values())
-    margin = 0.05 * max(high - low, 0.01)
-    low, high = low - margin, high + margin
-    fewest = min(p.macs for p in points.values()) - 0.03
+    low, high = min(low, reference), max(high, reference + panel.margin)
+    low, high = low - 0.05 * max(high - low, 0.01), high + 0.05 * max(high - low, 0.01)
+    fewest = min(p.macs for p in panel.points.values()) - 0.03
 
     def x(macs):
-        return left + 380 * (macs - fewest) / (1.02 - fewest)
+        return 380 * (macs - fewest) / (1.02 - fewest)
 
     def y(error):
-        return 40 + 260 * (high - error) / (high - low)
+        return 260 * (high - error) / (high - low)
 
-    body = axes(task, left, x, y, fewest, low, high)
-    body.append(f'<path d="M{left} {y(reference):.1f}h380" stroke="#000" stroke-dasharray="4 3"/>')
+    body = axes(panel, x, y, fewest, low, high)
+    body.append(f'<path d="M0 {y(reference):.1f}h380" stroke="#000" stroke-dasharray="4 3"/>')
+    body.append(f'<path d="M0 {y(reference + panel.margin):.1f}h380" stroke="#000" stroke-dasharray="1 3"/>')
     for i, (method, (colour, _)) in enumerate(METHODS.items()):
-        mine = sorted((points[key].macs, span) for key, span in spans.items() if key[0] == method)
+        mine = sorted((panel.points[key].macs, span) for key, span in spans.items() if key[0] == method)
         places = [(x(macs), *map(y, span)) for macs, span in mine]
         # Where MACs are equal, intervals lie on each other: thin and half transparent, both are seen.
         line = f'stroke="{colour}" stroke-opacity="0.6"'
@@ -255,38 +334,44 @@ def panel(task, points, left):
         through = " ".join(f"{px:.1f},{at:.1f}" for px, at, *_ in places)
         body.append(f'<polyline points="{through}" fill="none" {line}/>')
         body += [sign(method, px, at) for px, at, *_ in places]
-        if mine:
-            body.append(sign(method, left + 80 * i + 4, 356))
-            body.append(f'<text x="{left + 80 * i + 13}" y="360" fill="{colour}">{method}</text>')
-    return [f'<g id="{task}">', *body, "</g>"]
+        body.append(sign(method, 100 * i + 4, 316))
+        body.append(f'<text x="{100 * i + 13}" y="320" fill="{colour}">{method}</text>')
+    return body
 
 
-def figure(tasks):
-    body = [element for i, (task, points) in enumerate(tasks.items()) for element in panel(task, points, 50 + 450 * i)]
-    width = 450 * len(tasks)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="375" font-family="sans-serif" font-size="12">'
-    )
+def figure(panels):
+    """SVG: a panel for each task (below each other) and amount of data (side by side)."""
+    tasks, amounts = (list(dict.fromkeys(getattr(p, field) for p in panels)) for field in ("task", "amount"))
+    width, height = 450 * len(amounts), 375 * len(tasks)
+    body = []
+    for p in panels:
+        place = f"{50 + 450 * amounts.index(p.amount)} {40 + 375 * tasks.index(p.task)}"
+        body += [f'<g id="{p.task}-{p.amount}" transform="translate({place})">', *drawn_panel(p), "</g>"]
+    size = f'width="{width}" height="{height}" font-family="sans-serif" font-size="12"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *body, "</svg>", ""])
 
 
-def report(tasks, draw_seeds=False):
-    """The verdict and the table, as Markdown."""
-    return f"{verdict(tasks, draw_seeds)}\n\n{table(tasks, draw_seeds)}\n"
+def report(panels):
+    """The verdict and the tables, as Markdown."""
+    return f"{verdict(panels)}\n\n{table(panels)}\n\n{tuning_table(panels)}\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"curves: {message}\n")
     parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("results.jsonl"))
-    parser.add_argument("--draw-seeds", action="store_true", help="intervals over speakers and seeds")
-    options = parser.parse_args()
+    path = parser.parse_args().results
     try:
-        tasks = read(options.results)
-        options.results.with_name("curve.svg").write_text(figure(tasks))
+        panels, missing = read(path)
+        if not panels:
+            raise UserError(f"{path}: no task and amount of data is whole: {'; '.join(missing)}")
+        path.with_name("curve.svg").write_text(figure(panels))
     except (UserError, OSError) as error:
         parser.error(error)
-    print(report(tasks, options.draw_seeds), end="")
+    print(report(panels), end="")
+    for line in missing:
+        print(f"\nNothing is said of the rest: {line}.", end="")
 
 
 if __name__ == "__main__":

@@ -1,75 +1,128 @@
-"""Runs the experiment: one model, pruned by each method to each budget, from several seeds.
+"""Runs the experiment: one model, pruned by each method to each budget, in three folds, from two seeds.
 
-    .venv/bin/python tests/experiment/grid.py slu tables/commands --results runs/results.jsonl --jobs 2
-    .venv/bin/python tests/experiment/grid.py asr tables/strings --results runs/results.jsonl --jobs 2
-    .venv/bin/python tests/experiment/grid.py slu tables/commands --results runs/results.jsonl --only mac-0.5-0  # one
+    .venv/bin/python tests/experiment/grid.py asr quarter tables --results runs/results.jsonl --jobs 2
+    .venv/bin/python tests/experiment/grid.py slu quarter tables --results runs/one.jsonl --only 0-1e-3-mac-0.5-0
 
-A point is a method, a budget and a seed: a run of sslprune.py on one thread of the CPU, in runs/grid, with the flags
-below. Points that --results holds are not run again (another checkpoint, corpus or flags need another file), and an
-interrupted one goes on; the most important come first. A result is a line: what the report says, and the errors of each
-test speaker, from which tests/experiment/curves.py makes intervals.
+A task and an amount of data (`all` or `quarter`) have a corpus for each fold, which corpora.py writes. A point is a
+fold, a set of flags, a method, a budget and a seed: a run of sslprune.py on one thread of the CPU, in runs/grid. First
+all sets of flags are tried, on the dense model and on `mac` 0.7; then all points run with the set that has the fewest
+errors on dev for the dense model, and those two again with the set that has the fewest for `mac` 0.7. Points that
+--results holds are not run again, and an interrupted one goes on. A result is a line: what the report says, and the
+errors of each test speaker, from which tests/experiment/curves.py makes intervals.
+
+Recognition begins with a model that has left CTC's plateau, in tests/experiment/starts. Where it is missing, it is made
+first: the pretrained encoder, trained on the fold's training set without pruning.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from flops import UserError  # noqa: E402
-from gates import METHODS  # noqa: E402
-from sslprune import METRICS  # noqa: E402
+from sslprune import torch_bytes, write  # noqa: E402
 
-# Flags of all points, of a task's, and of its dense reference where they differ. README says how dev chose them.
-CHECKPOINT = {"asr": "tests/experiment/recogniser.pt", "slu": "tests/experiment/pretrained"}
-COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --prune-updates 1200 --finetune-updates 800"
-COMMON += " --dtype bfloat16"
-FLAGS = {
-    "asr": "--prune-lr 3e-4 --finetune-lr 3e-4 --speed-perturbation 0.1",
-    "slu": "--prune-lr 1e-3 --finetune-lr 1e-3",
+RUNS = ROOT / "runs" / "grid"
+PRETRAINED, STARTS = ROOT / "tests" / "experiment" / "pretrained", ROOT / "tests" / "experiment" / "starts"
+FOLDS, SEEDS = range(3), range(2)
+UPDATES = {"all": (1200, 800), "quarter": (720, 480)}  # of pruning and of fine-tuning; the same for all points
+COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --dtype bfloat16"
+START = "--budget 1 --batch-seconds 20 --evaluate-updates 0 --dense-updates 0 --dtype bfloat16 --warmup-share 0.1"
+START += " --prune-updates 3000 --finetune-updates 0 --prune-lr 1e-3"
+MASKS = "--time-mask 0.2 --channel-mask 0.1"
+TRIED = {  # the sets of flags: learning rate, speed perturbation, masks
+    "asr": {
+        "1e-4+speed": "--prune-lr 1e-4 --finetune-lr 1e-4 --speed-perturbation 0.1",
+        "3e-4+speed": "--prune-lr 3e-4 --finetune-lr 3e-4 --speed-perturbation 0.1",
+        "1e-3+speed": "--prune-lr 1e-3 --finetune-lr 1e-3 --speed-perturbation 0.1",
+        "3e-4+speed+masks": f"--prune-lr 3e-4 --finetune-lr 3e-4 --speed-perturbation 0.1 {MASKS}",
+    },
+    "slu": {
+        "1e-3": "--prune-lr 1e-3 --finetune-lr 1e-3",
+        "5e-4+speed": "--prune-lr 5e-4 --finetune-lr 5e-4 --speed-perturbation 0.1",
+        "1e-3+speed": "--prune-lr 1e-3 --finetune-lr 1e-3 --speed-perturbation 0.1",
+        "5e-4+speed+masks": f"--prune-lr 5e-4 --finetune-lr 5e-4 --speed-perturbation 0.1 {MASKS}",
+    },
 }
-DENSE = FLAGS | {"slu": "--prune-lr 5e-4 --finetune-lr 5e-4 --speed-perturbation 0.1"}
-POINTS = {  # (method, budgets, seeds), by importance; budget 1 is the dense reference
-    "asr": [
-        ("mac", (1.0, 0.7, 0.5), 3),
-        ("transformer", (0.5, 0.7), 3),
-        ("mac", (0.8, 0.9, 0.6), 3),
-        ("transformer", (0.9, 0.4), 3),
-        ("mac", (0.4, 0.3), 3),
-        ("size", (0.5, 0.7, 0.3), 1),
-        ("sepsize", (0.5, 0.7, 0.3), 1),
-    ],
-    "slu": [
-        ("mac", (1.0, 0.7, 0.5), 3),
-        ("transformer", (0.5, 0.7), 3),
-        ("mac", (0.9, 0.3), 3),
-        ("transformer", (0.9, 0.4), 3),  # which cannot go below 0.352
-    ],
-}
+COMPARED = (("dense", 1.0), ("mac", 0.9), ("mac", 0.7), ("mac", 0.5), ("transformer", 0.7), ("transformer", 0.5))
+TUNED = (("dense", 1.0), ("mac", 0.7))  # for which the flags are chosen
 FEWEST_SPEAKERS = 20  # of test, for intervals over them
 
 
-def points_of(task):
-    """{name: (method, budget, seed)} of all points, the most important first."""
-    points = [(m, b, s) for m, budgets, seeds in POINTS[task] for b in budgets for s in range(seeds)]
-    return {f"{m if b < 1 else 'dense'}-{b:g}-{s}": (m, b, s) for m, b, s in points}
+class Point(NamedTuple):
+    """A run of the experiment. Its name is that of its folder."""
+
+    fold: int
+    flags: str
+    method: str
+    budget: float
+    seed: int
+
+    def __str__(self):
+        return f"{self.fold}-{self.flags}-{self.method}-{self.budget:g}-{self.seed}"
 
 
-def flags_of(task, budget):
-    """The flags of a point that are not its own."""
-    return f"{COMMON} {(FLAGS if budget < 1 else DENSE)[task]}"
+def tuning(task):
+    """The points that choose the flags."""
+    return [Point(fold, flags, *which, 0) for flags in TRIED[task] for which in TUNED for fold in FOLDS]
 
 
-def fingerprint(task, corpus):
+def dev_error(result):
+    """The part of the words or intents of dev that is wrong."""
+    metrics = result["dev"]
+    return metrics["word_error_rate"] if "word_error_rate" in metrics else 1 - metrics["intent_accuracy"]
+
+
+def tried(task, results):
+    """{(method, budget): {flags: mean error on dev of all folds, seed 0}} of the sets of flags that have run."""
+    found = {which: {} for which in TUNED}
+    for which, flags in itertools.product(TUNED, TRIED[task]):
+        errors = [
+            dev_error(r) for r in results if (r["method"], r["budget"], r["flags"], r["seed"]) == (*which, flags, 0)
+        ]
+        if len(errors) == len(FOLDS):
+            found[which][flags] = sum(errors) / len(errors)
+    return found
+
+
+def chosen(task, results):
+    """The best flags for dense, and those for `mac` 0.7; None where some have not run."""
+    errors = tried(task, results).values()
+    return [min(e, key=e.get) for e in errors] if all(e.keys() == TRIED[task].keys() for e in errors) else None
+
+
+def points_of(task, results):
+    """All points that are known so far, in order: those that choose the flags, then those that the choice decides."""
+    points, best = tuning(task), chosen(task, results)
+    if best:
+        for seed, flags, which in itertools.product(SEEDS, dict.fromkeys(best), COMPARED):
+            if flags == best[0] or which in TUNED:
+                points += [Point(fold, flags, *which, seed) for fold in FOLDS]
+    return dict.fromkeys(points).keys()
+
+
+def options_of(task, amount, point):
+    """The flags of sslprune.py by which points differ from its defaults, but for what the name of a point says."""
+    prune, finetune = UPDATES[amount]
+    return f"{COMMON} --prune-updates {prune} --finetune-updates {finetune} {TRIED[task][point.flags]}"
+
+
+def fingerprint(checkpoint, corpus):
     """A few hexadecimals that tell this checkpoint and this corpus (its texts and durations) from others."""
-    found, checkpoint = hashlib.sha256(), ROOT / CHECKPOINT[task]
+    found = hashlib.sha256()
     for path in sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]:
         found.update(path.read_bytes())
     for split in (corpus.train, corpus.dev, corpus.test):
@@ -91,9 +144,12 @@ def speakers_of(corpus):
     return speakers
 
 
-def errors_by_speaker(task, rows, speakers):
-    """{speaker: [errors, of how many]} of words and then, in recognition, of characters. rows: of test.tsv."""
-    found = {}
+def errors_of(task, rows, speakers):
+    """({speaker: [errors, of how many]} of words and then, in recognition, of characters; [errors of each utterance]).
+
+    rows: (name, reference, hypothesis) of test.tsv.
+    """
+    found, each = {}, []
     for name, reference, hypothesis in rows:
         if task == "asr":
             words, characters = ([split(text) for text in (reference, hypothesis)] for split in (str.split, list))
@@ -101,39 +157,88 @@ def errors_by_speaker(task, rows, speakers):
         else:
             numbers = [int(reference != hypothesis), 1]
         found[speakers[name]] = [a + b for a, b in zip(found.get(speakers[name], [0] * len(numbers)), numbers)]
-    return dict(sorted(found.items()))
+        each.append(numbers[0])
+    return dict(sorted(found.items())), each
 
 
-def run_point(task, folder, point, out, speakers):
-    """Run a point, or go on with it, and return its result; None where that failed, and the log says why."""
-    method, budget, seed = point
-    flags = flags_of(task, budget)
-    own = f"--task {task} --method {method} --budget {budget:g} --seed {seed} --device cpu --resume {flags}"
-    command = [sys.executable, "sslprune.py", "--checkpoint", CHECKPOINT[task], "--data", folder, "--out", out]
-    command += own.split()
+def cpu():
+    """The name of this machine's CPU, and what torch computes by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def run(out, *arguments):
+    """Run sslprune.py on one thread, or go on with it; False where that failed, and the log says why."""
+    command = [sys.executable, "sslprune.py", "--device", "cpu", "--resume", "--out", out, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.log", "w") as log:
-        if subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode:
+        return not subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, check=False).returncode
+
+
+class Fold:
+    """The corpus of a fold, and the checkpoint that its points begin with."""
+
+    def __init__(self, task, amount, number, tables):
+        self.task, self.amount = task, amount
+        self.folder = tables / f"{task}-{amount}-{number}"
+        self.corpus = data.open_corpus(self.folder, task)
+        self.speakers = speakers_of(self.corpus)
+        self.start = STARTS / f"{self.folder.name}.pt" if task == "asr" else PRETRAINED
+
+    def make_start(self):
+        """Train the model that recognition begins with, and write it in bfloat16; False where that failed."""
+        out = RUNS / f"{self.folder.name}-{fingerprint(PRETRAINED, self.corpus)}" / "start"
+        if not run(out, "--task", self.task, "--checkpoint", PRETRAINED, "--data", self.folder, *START.split()):
+            return False
+        contents = torch.load(out / "model.pt")
+        contents["weights"] = {name: weight.bfloat16() for name, weight in contents["weights"].items()}
+        self.start.parent.mkdir(exist_ok=True)
+        write(self.start, torch_bytes(contents))
+        return True
+
+    @functools.cached_property
+    def inputs(self):
+        """A few hexadecimals that tell this start and this corpus from others."""
+        return fingerprint(self.start, self.corpus)
+
+    def result(self, point):
+        """Run a point, or go on with it, and return its result; None where that failed."""
+        options, inputs = options_of(self.task, self.amount, point), self.inputs
+        out = RUNS / f"{self.folder.name}-{inputs}" / str(point)
+        own = f"--task {self.task} --budget {point.budget:g} --seed {point.seed}"
+        own += f" --method {point.method}" if point.budget < 1 else ""
+        if not run(out, "--checkpoint", self.start, "--data", self.folder, *own.split(), *options.split()):
             return None
-    report = json.loads((out / "report.json").read_text())
-    rows = [line.split("\t") for line in (out / "test.tsv").read_text().splitlines()[1:]]
-    counts, dense = report["expected_counts"] or {}, report["dense"]["shape"]
-    return {
-        "name": out.name,
-        "flags": flags,
-        **{field: report[field] for field in ("task", "method", "budget", "seed", "converged", "updates")},
-        **{cost: report["pruned"][cost] / report["dense"][cost] for cost in ("macs", "params")},
-        "expected": {kind: sum(counts[kind]) / sum(dense[kind]) for kind in counts},
-        "dev": report["metrics"]["pruned"]["dev"],
-        "seconds": report["train_seconds"],
-        "speakers": errors_by_speaker(task, rows, speakers),
-    }
+        report = json.loads((out / "report.json").read_text())
+        counts, dense = report["expected_counts"] or {}, report["dense"]["shape"]
+        rows = [line.split("\t") for line in (out / "test.tsv").read_text().splitlines()[1:]]
+        by_speaker, each = errors_of(self.task, rows, self.speakers)
+        return {
+            "task": self.task,
+            "amount": self.amount,
+            **point._asdict(),
+            "options": options,
+            **{field: report[field] for field in ("converged", "updates")},
+            **{cost: report["pruned"][cost] / report["dense"][cost] for cost in ("macs", "params")},
+            "expected": {kind: sum(counts[kind]) / sum(dense[kind]) for kind in counts},
+            "dev": report["metrics"]["pruned"]["dev"],
+            "seconds": report["train_seconds"],
+            "cpu": cpu(),
+            "inputs": inputs,
+            "speakers": by_speaker,
+            "utterances": each,
+        }
 
 
-def run_points(task, folder, points, runs, speakers, jobs):
-    """(name, result of run_point) of points, so many at a time, as they end; Ctrl-C ends those that are running."""
+def at_a_time(jobs, function, items):
+    """(item, function(item)) of all items, so many at a time, as they end; Ctrl-C ends those that are running."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run_point, task, folder, p, runs / name, speakers): name for name, p in points.items()}
+        futures = {pool.submit(function, item): item for item in items}
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
@@ -144,17 +249,16 @@ def run_points(task, folder, points, runs, speakers, jobs):
 def parse_result(line):
     """A result, from a line of JSON. Raises ValueError, KeyError, TypeError or AttributeError where it is none."""
     result = json.loads(line)
-    columns = {"asr": 4, "slu": 2}[result["task"]]
     rows = list(result["speakers"].values())
-    numbers = [result["dev"][METRICS[result["task"]]], *(result[f] for f in ("budget", "seed", "macs", "params"))]
+    numbers = [dev_error(result), *(result[field] for field in ("budget", "macs", "params")), *result["utterances"]]
     numbers += itertools.chain(*rows, result["expected"].values() if result["budget"] < 1 else ())
     if not all(isinstance(number, (int, float)) for number in numbers):
         raise ValueError("has something else for a number")
-    if not rows or any(len(row) != columns or not row[1] for row in rows):
+    if not rows or any(len(row) != {"asr": 4, "slu": 2}[result["task"]] or not row[1] for row in rows):
         raise ValueError("has no counts for a speaker")
-    if result["method"] not in METHODS or not 0 < result["budget"] <= 1:
-        raise ValueError("has no such method or budget")
-    missing = {"name", "flags", "inputs", "updates", "converged"} - result.keys()
+    if result["amount"] not in UPDATES or str(point_of(result)) not in every_point(result["task"]):
+        raise ValueError("is of no point")
+    missing = {"options", "inputs", "updates", "converged", "cpu"} - result.keys()
     if missing:
         raise ValueError(f"has no {', '.join(sorted(missing))}")
     return result
@@ -172,54 +276,71 @@ def read_results(path):
     return results
 
 
+def point_of(result):
+    """The Point of a result."""
+    return Point(*(result[field] for field in Point._fields))
+
+
+def every_point(task):
+    """{name: Point} of what can be run."""
+    found = itertools.product(FOLDS, TRIED[task], COMPARED, SEEDS)
+    return {str(p): p for p in (Point(fold, flags, *which, seed) for fold, flags, which, seed in found)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"grid: {message}\n")
-    parser.add_argument("task", choices=POINTS)
-    parser.add_argument("corpus", type=Path, help="folder of the corpus, as sslprune.py's --data")
+    parser.add_argument("task", choices=TRIED)
+    parser.add_argument("amount", choices=UPDATES)
+    parser.add_argument("tables", type=Path, help="folder of the corpora, as corpora.py writes them")
     parser.add_argument("--results", type=Path, required=True, help="file to add the results to")
     parser.add_argument("--only", action="append", metavar="POINT", help="a point; any number of times")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time")
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error("--jobs is the number of points at a time, 1 at least")
-    points = points_of(options.task)
-    unknown = set(options.only or ()) - set(points)
+    known = every_point(options.task)
+    unknown = set(options.only or ()) - set(known)
     if unknown:
-        parser.error(f"{', '.join(sorted(unknown))}: no such point; there are {', '.join(points)}")
-    folder = options.corpus.resolve()
+        parser.error(f"{', '.join(sorted(unknown))}: no such point; there are {', '.join(known)}")
+    only = [known[name] for name in options.only or ()]
     try:
-        corpus = data.open_corpus(folder, options.task)
-        speakers, inputs = speakers_of(corpus), fingerprint(options.task, corpus)
-        flags = hashlib.sha256(f"{flags_of(options.task, 0.5)} {flags_of(options.task, 1.0)}".encode()).hexdigest()
-        runs = ROOT / "runs" / "grid" / f"{options.task}-{inputs}-{flags[:4]}"
-        for parent in (runs, options.results.parent):
-            parent.mkdir(parents=True, exist_ok=True)
-        results = [result for result in read_results(options.results) if result["task"] == options.task]
+        return run_all(options, only)
     except (UserError, OSError) as error:
         parser.error(error)
-    for result in results:
-        if (result["inputs"], result["flags"]) != (inputs, flags_of(options.task, result["budget"])):
-            other = f"{options.results}: {result['name']} has another checkpoint, corpus or flags"
-            parser.error(f"{other}; name another file")
-    done = {result["name"] for result in results}
-    wanted = [name for name in points if name not in done and name in (options.only or points)]
-    try:
-        for name, result in run_points(
-            options.task, folder, {n: points[n] for n in wanted}, runs, speakers, options.jobs
-        ):
-            if result is None:
-                print(f"{name}: has failed; the end of {runs / name}.log says why", file=sys.stderr, flush=True)
-                continue
-            with open(options.results, "a") as file:
-                file.write(json.dumps({**result, "inputs": inputs}) + "\n")
-            dev = ", ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result["dev"].items())
-            print(f"{name}: dev {dev}; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s", flush=True)
-            done.add(name)
     except KeyboardInterrupt:
         parser.exit(130, "grid: interrupted; the same command goes on from here\n")
-    print(f"{len(done & set(points))} of {len(points)} points are in {options.results}")
-    return 0 if done >= set(wanted) else 2
+
+
+def run_all(options, only):
+    """Make the starts that are missing, and run the points that --results lacks; returns an exit status."""
+    task, amount = options.task, options.amount
+    folds = {n: Fold(task, amount, n, options.tables.resolve()) for n in {p.fold for p in only} or FOLDS}
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    for fold, made in at_a_time(options.jobs, Fold.make_start, [f for f in folds.values() if not f.start.exists()]):
+        if not made:
+            raise UserError(f"{fold.start}: could not be made; the end of its log in {RUNS} says why")
+        print(f"{fold.start.relative_to(ROOT)}: made", flush=True)
+    results = {point_of(r): r for r in read_results(options.results) if (r["task"], r["amount"]) == (task, amount)}
+    for point, result in results.items():
+        now = options_of(task, amount, point), folds[point.fold].inputs if point.fold in folds else result["inputs"]
+        if (result["options"], result["inputs"]) != now:
+            raise UserError(f"{options.results}: {point} has another start, corpus or flags; name another file")
+    failed = set()
+    while todo := [p for p in only or points_of(task, results.values()) if p not in failed | results.keys()]:
+        for point, result in at_a_time(options.jobs, lambda p: folds[p.fold].result(p), todo):
+            if result is None:
+                failed.add(point)
+                print(f"{point}: has failed; the end of its log in {RUNS} says why", file=sys.stderr, flush=True)
+                continue
+            results[point] = result
+            with open(options.results, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            told = f"dev {dev_error(result):.2%} wrong; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s"
+            print(f"{point}: {told}", flush=True)
+    wanted = only or points_of(task, results.values())
+    print(f"{len(results.keys() & set(wanted))} of {len(wanted)} points are in {options.results}")
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

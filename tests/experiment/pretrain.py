@@ -18,12 +18,15 @@ On one core of an AMD EPYC, an update takes 0.7 to 0.9 s.
 """
 
 import argparse
+import os
+import re
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 from transformers import HubertConfig, HubertModel
@@ -38,20 +41,32 @@ FITTED = 200_000  # frames to find the clusters from
 TEMPERATURE = 0.1  # of the cosine similarities
 
 
-def recordings(corpora, folders):
-    """The normalised waveforms of all audio, as float16: 1.8 GB for 16 hours."""
-    utterances = [u for path in corpora for u in data.open_corpus(path, "asr", splits=("train", "dev")).train]
-    for folder in folders:
-        files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ENDINGS]
-        utterances += [data.Utterance("", path, 0.0) for path in files]
-    found, bad = [], 0
-    for utterance in utterances:
+def recordings(folders, without):
+    """The normalised waveforms of all audio, as float16: 1.8 GB for 16 hours; no speaker of Speech Commands twice."""
+    others = {speaker_of(path) for folder in without for path in audio_in(folder)} - {None}
+    found, bad, theirs = [], 0, 0
+    for path in (path for folder in folders for path in audio_in(folder)):
+        if speaker_of(path) in others:
+            theirs += 1
+            continue
         try:
-            found.append(data.waveform(utterance).astype(np.float16))
+            found.append(data.waveform(data.Utterance("", path, 0.0)).astype(np.float16))
         except UserError:
             bad += 1
-    print(f"{len(found)} recordings, {sum(map(len, found)) / SAMPLE_RATE / 3600:.1f} h; {bad} could not be read")
+    hours = sum(map(len, found)) / SAMPLE_RATE / 3600
+    print(f"{len(found)} recordings, {hours:.1f} h; {theirs} of left-out speakers; {bad} could not be read", flush=True)
     return [samples for samples in found if len(samples) >= SAMPLE_RATE // 2]
+
+
+def audio_in(folder):
+    """The paths of all audio below a folder."""
+    return [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ENDINGS]
+
+
+def speaker_of(path):
+    """The speaker that a file of Speech Commands names, SPEAKER_nohash_TAKE.wav; None for other files."""
+    match = re.search(r"([0-9a-f]{8})_nohash_\d+", path.name)
+    return match and match[1]
 
 
 def cepstra(samples):
@@ -102,7 +117,7 @@ def small_hubert(dropout=0.1):
         hidden_size=s.width, num_hidden_layers=len(s.heads), num_attention_heads=s.heads[0],
         intermediate_size=s.units[0], conv_dim=s.channels, conv_kernel=s.kernels, conv_stride=s.strides,
         num_feat_extract_layers=len(s.channels), num_conv_pos_embeddings=s.position_kernel,
-        num_conv_pos_embedding_groups=s.position_groups, hidden_dropout=dropout, attention_dropout=dropout,
+        num_conv_pos_embedding_groups=s.position_groups, hidden_dropout=dropout, attention_dropout=0.0,
         activation_dropout=0.0, feat_proj_dropout=dropout, layerdrop=0.0, mask_time_prob=0.65, mask_time_length=10,
         apply_spec_augment=True, vocab_size=32,
     ))  # fmt: skip
@@ -157,6 +172,7 @@ def crops(waveforms, classes, seconds, longest, rng):
 
 def train(model, batches, updates, lr, rng):
     """Minimise the cross entropy of the masked frames."""
+    told = not dist.is_initialized() or dist.get_rank() == 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)
     start, seconds, losses, right = time.monotonic(), 0.0, [], []
     for update in range(1, updates + 1):
@@ -175,8 +191,8 @@ def train(model, batches, updates, lr, rng):
         seconds += waveforms.numel() / SAMPLE_RATE
         losses.append(loss.item())
         right.append((scores.argmax(1) == targets[mask]).float().mean().item())
-        if update % 50 == 0 or update == updates:
-            speed = seconds / (time.monotonic() - start)
+        if told and (update % 50 == 0 or update == updates):
+            speed = seconds / (time.monotonic() - start)  # of this process
             found = f"loss {np.mean(losses):.3f}  right {np.mean(right):.3f}"
             print(f"{update}/{updates}  {found}  {speed:.0f} x real time", flush=True)
             losses, right = [], []
@@ -185,8 +201,8 @@ def train(model, batches, updates, lr, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="the folder to write the model into")
-    parser.add_argument("--corpus", action="append", default=[])
-    parser.add_argument("--folder", action="append", default=[])
+    parser.add_argument("speech", nargs="+", help="folders: all audio below them is used")
+    parser.add_argument("--without", action="append", default=[], help="folder of speakers to leave out")
     parser.add_argument("--teacher", help="the folder of an earlier model")
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--classes", type=int, default=100)
@@ -196,19 +212,26 @@ def main():
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    rank = int(os.environ.get("RANK", 0))
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
     torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
-    waveforms = recordings(options.corpus, options.folder)
+    waveforms = recordings(options.speech, options.without)
     encoder, extract = small_hubert(), cepstra
     if options.teacher:
         encoder.load_state_dict(HubertModel.from_pretrained(options.teacher, dtype=torch.float32).state_dict())
         teacher = HubertModel.from_pretrained(options.teacher, dtype=torch.float32).eval()
         extract = lambda samples: layer_features(teacher, options.layer, samples)  # noqa: E731
-    classes = classes_of(waveforms, extract, options.classes, options.seed)
+    classes = classes_of(waveforms, extract, options.classes, options.seed)  # the same in each process
     print(f"{len(np.unique(np.concatenate(classes)))} classes", flush=True)
+    model = MaskedPrediction(encoder, options.classes).train()
+    torch.manual_seed(options.seed + rank)
+    rng = np.random.default_rng((options.seed, rank))
     batches = crops(waveforms, classes, options.batch_seconds, options.longest, rng)
-    train(MaskedPrediction(encoder, options.classes).train(), batches, options.updates, options.lr, rng)
-    encoder.to(torch.bfloat16).save_pretrained(options.out)
+    both = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    train(both, batches, options.updates, options.lr, rng)
+    if rank == 0:
+        encoder.to(torch.bfloat16).save_pretrained(options.out)
 
 
 if __name__ == "__main__":
