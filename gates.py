@@ -11,12 +11,13 @@ A unit is an output channel of a convolution, an attention head or a feed-forwar
     L_task + lambda_1 (S - t) + lambda_2 (S - t)^2,  S = 1 - E[cost] / dense cost
 
 with the target sparsity t warmed up linearly from 0 (Wang, Wohlwend, Lei 2020, arXiv 1910.04732, section 3.2).
-lambda_2 ascends by (S - t)^2, so it only grows. That does no harm: its force on the gates is 2 lambda_2 (S - t), which
-vanishes as S reaches t, and so does its growth. lambda_1 falls again where S exceeds t.
+lambda_2 ascends by (S - t)^2, so it only grows (by Adam some 0.1 an update of the demo, to 34). That does no harm: its
+force on the gates is 2 lambda_2 (S - t), so the larger it is, the closer it holds S to t, where it has none. lambda_1
+falls, to below 0, while S is short of t, which rewards sparsity, and rises again where S exceeds t.
 
 S counts P(z != 0), which has a gradient, while the deterministic z at evaluation is 0 or not: z > 0 means log alpha >
 -2.40, and a gate there still has P = 0.31. So the two counts differ by the gates that are neither open nor shut, which
-are few when the constraint has converged. Hardening ends the ambiguity: it keeps the best units that the budget allows.
+are few when the constraint has converged. Hardening ends that: it keeps the best units that the budget allows.
 What is constrained is the method's choice: `METHODS` (Peng et al. 2023, arXiv 2302.14132).
 
 Gates are given to the functions here as a dictionary from (field of flops.Shape, layer) to gate, e.g. ("heads", 3).
@@ -59,8 +60,8 @@ class HardConcrete(nn.Module):
     def forward(self):
         """z: (units,), differentiable in log_alpha.
 
-        One sample serves the whole batch: an update trains one sub-network, as slicing leaves one. The noise averages
-        out over the updates.
+        One sample serves the whole batch: a forward trains one sub-network, as slicing leaves one. The noise averages
+        out over batches, processes and updates.
         """
         if not self.training:
             return self._stretched(self.log_alpha)
@@ -136,7 +137,7 @@ def expected_shape(shape, gates):
 
 
 class Lagrangian(nn.Module):
-    """The penalty of a method: lambda_1 (s - t) + lambda_2 (s - t)^2, summed over its constraints (arXiv 1910.04732).
+    """The penalty of a method: lambda_1 (S - t) + lambda_2 (S - t)^2, summed over its constraints (arXiv 1910.04732).
 
     Its only parameters are the multipliers, (constraints, 2) and 0 at the start; train them with gradient ascent.
     """
@@ -165,8 +166,9 @@ def harden(gates, shape, method, budget, ragged=False):
 
     Greedy, for each constraint: of the groups of units of all its layers (ragged: the single units), the best first,
     each is kept that still fits. Where that leaves more than TOLERANCE, single units follow, layer by layer, the finest
-    kind first; and where none is left, a coarse group takes the room of the worst fine ones. gates: by place; their
-    log alpha is changed. Raises UserError where even the smallest model costs more.
+    kind first; and where no single unit fits any more, a group of a coarser kind replaces the worst groups of the
+    finest, if that leaves less. gates: by place; their log alpha is changed. Raises UserError where even the smallest
+    model costs more.
     """
     dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
@@ -190,12 +192,11 @@ def harden(gates, shape, method, budget, ragged=False):
         for place in finest_first if unused({}) > TOLERANCE else ():
             while kept[place] < len(governed[place].log_alpha) and unused({place: kept[place] + 1}) >= 0:
                 kept[place] += 1
-        kinds = [place[0] for place in finest_first]
-        for place, size in ranked if unused({}) > TOLERANCE else ():  # coarse groups alone are left to add
+        finest = finest_first[0][0]  # all of it is kept by now, or one more unit would fit
+        for place, size in ranked if unused({}) > TOLERANCE else ():
             trade = one_more(place, size)
-            worst_fine = [group for group in reversed(ranked) if group[0][0] == kinds[0] and place[0] != kinds[0]]
-            for fine, step in worst_fine:
-                if unused(trade) < 0:
+            for fine, step in reversed(ranked):
+                if fine[0] == finest != place[0] and unused(trade) < 0:
                     trade[fine] = max(0, trade.get(fine, kept[fine]) - step)
             if 0 <= unused(trade) < unused({}):
                 kept |= trade

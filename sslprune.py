@@ -78,7 +78,7 @@ RECIPES = {
 }  # fmt: skip
 SMALL_SLU = dict(dense_lr=5e-4, prune_lr=5e-4, finetune_lr=5e-4)  # at 1e-3 the small model does not learn the intents
 BETAS, GATE_BETAS = (0.9, 0.98), (0.0, 0.9)  # of Adam: fairseq's for the weights; see make_optimizer for the gates'
-WARMUP, DECAY, LAST = 0.1, 0.5, 0.05  # tri-stage learning rate: parts of a phase, last rate over peak (fairseq)
+LR_WARMUP, LR_DECAY, LR_LAST = 0.1, 0.5, 0.05  # tri-stage: parts of a phase, last rate over peak (fairseq)
 CLIP = 1.0  # norm of the weights' gradient, against a rare wild batch
 IN_A_ROW = 20  # updates without a finite gradient, after which the run gives up
 PATIENCE = 600  # s to wait for a batch: a file server that is away for minutes does not end a run
@@ -144,7 +144,7 @@ def train(run):
         model.train()
         done = run.update / run.updates
         optimizer.param_groups[0]["lr"] = getattr(options, f"{run.phase}_lr") * tri_stage(done)
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=False)  # all processes add up the same tensors
         losses = []
         for utterances, waveforms, lengths in batches:  # one, unless --accumulate asks for more
             loss = model.loss(waveforms.to(run.device), lengths, utterances)
@@ -152,7 +152,7 @@ def train(run):
             losses.append(loss.detach())
         if lagrangian and losses:
             penalty = lagrangian(model.encoder.gates, warmup(done, options.warmup_share))
-            (len(losses) * penalty).backward()  # once an update, while the losses are averaged in `step`
+            (len(losses) * penalty).backward()  # as often as there are losses, by whose number `step` divides
         save_is_due = step(run, losses)
         watch(run, save_is_due)
     run.save()
@@ -165,7 +165,7 @@ def step(run, losses):
     """
     weights, *others = (group["params"] for group in run.optimizer.param_groups)
     others = list(itertools.chain(*others))  # gates and multipliers
-    due = not rank() and time.monotonic() - run.saved > run.options.save_seconds
+    due = not rank() and time.monotonic() - run.saved > run.options.save_seconds  # the first process tells the others
     sums = torch.tensor([0, len(losses), due], dtype=torch.float64, device=run.device)
     sums[0] += sum(losses)
     gradients = [p.grad for p in (*weights, *others)]
@@ -195,11 +195,11 @@ def step(run, losses):
 
 def tri_stage(done):
     """Learning rate over its peak when `done`, in [0, 1), of a phase is over: up linearly, hold, down exponentially."""
-    if done < WARMUP:
-        return (done + 1e-3) / (WARMUP + 1e-3)
-    if done < 1 - DECAY:
+    if done < LR_WARMUP:
+        return (done + 1e-3) / (LR_WARMUP + 1e-3)
+    if done < 1 - LR_DECAY:
         return 1.0
-    return LAST ** ((done - (1 - DECAY)) / DECAY)
+    return LR_LAST ** ((done - (1 - LR_DECAY)) / LR_DECAY)
 
 
 def warmup(done, share):
@@ -208,10 +208,10 @@ def warmup(done, share):
 
 
 def make_optimizer(model, lagrangian, gate_lr):
-    """Adam over the weights and, where there is a Lagrangian, over the gates and its multipliers, which ascend.
+    """Adam over the weights and, where there is a Lagrangian, over the gates, and over its multipliers, which ascend.
 
-    The rate of gates and multipliers is constant. If it fell with the weights' rate, multipliers that grew while the
-    target was out of reach could not fall again before the phase ends, and gates would shut beyond the budget. They
+    The rate of gates and multipliers is constant. If it fell with the weights' rate, a lambda_1 that went far below 0
+    while the target was out of reach could not come back in the phase, and gates would shut beyond the budget. They
     have no momentum (the first of GATE_BETAS), since they answer each other, and a lag makes the expected cost swing
     about the budget (Gidel et al. 2019, arXiv 1807.04740). The second beta is small, since a long memory of large
     gradients is a lag too. All this was tried in phases of some hundred updates, not in base's 40,000.
@@ -249,7 +249,8 @@ def watch(run, save_is_due=False):
         run.save()
     every = max(1, run.updates // 20) if every is None else every
     # prune_for_task evaluates at the end of the other phases; at the end of pruning the gates have to be measured.
-    is_moment = run.phase == "prune" if run.update == run.updates else every and run.update % every == 0
+    at_end = run.update == run.updates
+    is_moment = run.phase == "prune" if at_end else every and run.update % every == 0
     is_measured = run.history and (run.history[-1]["phase"], run.history[-1]["update"]) == (run.phase, run.update)
     if every and is_moment and not is_measured and (run.update or run.head_is_trained):
         dev, _ = evaluate(run.model, run.corpus, "dev", options.batch_seconds, options.workers, characters=False)
@@ -547,7 +548,7 @@ class Run:
 
     @property
     def target(self):
-        """The fraction of the constrained costs that may be kept now."""
+        """The fraction of the constrained costs that may be kept now: 1 - t of gates.py."""
         if not self.lagrangian:
             return 1.0 if self.phase == "dense" else self.options.budget
         return 1 - (1 - self.options.budget) * warmup(self.update / max(1, self.updates), self.options.warmup_share)
@@ -562,7 +563,7 @@ class Run:
     @torch.no_grad()
     def kept_counts(self):
         """How many units gates are expected to keep, {"channels": [in each layer], "heads": ..., "units": ...}."""
-        shape = vars(expected_shape(self.start, self.model.encoder.gates))
+        shape = vars(expected_shape(self.model.encoder.tensor_shape, self.model.encoder.gates))
         return {kind: [round(float(count), 1) for count in shape[kind]] for kind in ("channels", "heads", "units")}
 
     def begin(self, phase):
@@ -739,7 +740,7 @@ def stream(run):
 
 
 def share(batches, size):
-    """This process's batches of each `size` in a row. All processes have equally many lists, some perhaps empty."""
+    """Of each `size` batches in a row, this process's: lists, as many in all processes, of which some may be empty."""
     return [batches[i : i + size][rank() :: ranks()] for i in range(0, len(batches), size)]
 
 
@@ -1092,10 +1093,9 @@ def evaluate_model(options):
     if model.task == "slu" and not any(u.intent in model.outputs for u in corpus.dev + corpus.test):
         raise UserError(f"{options.data}: has none of the model's intents; give the corpus that it is for as --data")
     batch_seconds = options.batch_seconds or RECIPES["small"]["batch_seconds"]
-    for split in SPLITS:
-        if getattr(corpus, split):
-            metrics, _ = evaluate(model, corpus, split, batch_seconds, options.workers)
-            print(f"{options.data}: {in_words({split: metrics})}", flush=True)
+    for split in (split for split in SPLITS if getattr(corpus, split)):
+        metrics, _ = evaluate(model, corpus, split, batch_seconds, options.workers)
+        print(f"{options.data}: {in_words({split: metrics})}", flush=True)
     return 0
 
 
@@ -1182,7 +1182,7 @@ def make_parser():
     add("--resume", action="store_true", help="go on with the run in --out; all other flags as before")
     saving = "seconds between two states that --resume can go on from (default %(default)g)"
     add("--save-seconds", type=number(float, 0, 1e9), default=600.0, metavar="N", help=saving)
-    watching = "updates between two measurements of the error on dev (default: 20 in each phase; 0: none)"
+    watching = "updates between measurements of the error on dev (default: a twentieth of the phase; 0: only at ends)"
     add("--evaluate-updates", type=count, metavar="N", help=watching)
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, batches, masks and gates")
     add("--device", help="as torch names it (default: cuda where there is one, else cpu)")
@@ -1194,7 +1194,8 @@ def make_parser():
     types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds, "perturbation": number(float, 0, 0.5)}
     types["accumulate"] = number(int, 1, 10**6)
     notes = {"accumulate": "batches per update and process; ", "batch_seconds": "of audio in a batch; "}
-    notes["dense_updates"] = "0 with a checkpoint that is small or trained for the task; otherwise "
+    notes |= {"gate_lr": "of gates and multipliers; ", "warmup_share": "part of pruning in which the target falls; "}
+    notes["dense_updates"] = "default 0 with a checkpoint that is small or trained for the task, else: "
     for name, small in RECIPES["small"].items():
         text = f"default {RECIPES['base'][name]:g}, of a small model {small:g}"
         text = notes.get(name, "") + text + (f" (slu {SMALL_SLU[name]:g})" if name in SMALL_SLU else "")

@@ -217,7 +217,7 @@ class Wav2Vec2(nn.Module):
 
     def __init__(self, shape, dense=None, dropout=0.1):
         super().__init__()
-        self.tensor_shape = shape  # of the tensors; `shape` is without what the gates shut
+        self.tensor_shape = shape  # of the tensors; the property `shape` leaves out what gates shut
         self.dense = dense or shape  # the shape before any slicing
         self.frontend = LayerNormFrontend(shape, self.dense.channels) if shape.layer_norms else GroupNormFrontend(shape)
         self.projection = Projection(shape.channels[-1], shape.width, self.dense.channels[-1], dropout)
