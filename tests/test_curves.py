@@ -147,6 +147,7 @@ def test_an_interval_is_as_wide_as_the_central_limit_says():
     assert (upper + lower) / 2 == pytest.approx(difference, abs=0.03 * width)
     variance = curves.sampling_variance(changes * 100, np.full(390, 100))
     assert variance == pytest.approx((width / 2 / 1.96) ** 2, rel=0.01)
+    assert curves.sampling_variance(np.array([1, 5]), np.array([10, 10])) == pytest.approx(8 / 20**2 * 2)  # by hand
 
 
 def test_runs_widen_the_interval():

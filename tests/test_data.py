@@ -556,7 +556,7 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
     for speaker in ("ann", "bob", "cyd"):
         for digit, take in ((7, 2), (7, 6), (8, 11), (0, 40)):
             speak(tmp_path / "digits" / "recordings" / f"{digit}_{speaker}_{take}.wav", rate=8_000)
-    speakers = [f"{7 * number:08x}" for number in range(12)]
+    speakers = [f"{7 * number:08x}" for number in range(15)]
     for word, extra in (("yes", ""), ("_unknown_", "tree_"), ("_silence_", None)):
         for speaker in speakers:
             name = "12" if extra is None else f"{extra}{speaker}_nohash_0.wav"
@@ -581,10 +581,10 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
         words, strings = (open_corpus(tables / f"{task}-all-{fold}", task) for task in ("slu", "asr"))
         assert {(u.text, u.intent) for u in words.dev} == {("YES", "yes"), ("TREE", "unknown")}
         splits = [{u.speaker for u in split} for split in (words.train, words.dev, words.test)]
-        assert list(map(len, splits)) == [6, 2, 4] and set.union(*splits) == set(speakers)
+        assert list(map(len, splits)) == [8, 2, 5] and set.union(*splits) == set(speakers)
         tested += splits[2]
         assert [{u.speaker for u in split} for split in (strings.train, strings.dev, strings.test)] == splits
-        assert len(strings.train) == 6 * 8 and len(strings.dev) == 2 * 2
+        assert len(strings.train) == 8 * 8 and len(strings.dev) == 2 * 2
         first = {f"{speaker}-{number}.flac" for speaker in splits[2] for number in (0, 1)}
         assert {os.path.basename(u.name) for u in strings.test} == first
         for utterance in strings.train + strings.dev + strings.test:
