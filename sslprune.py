@@ -869,6 +869,8 @@ def processes(device):
     if os.environ.get("RANK") and os.environ.get("WORLD_SIZE", "1") != "1":
         log.info("waiting for the %s processes that WORLD_SIZE names", os.environ["WORLD_SIZE"])
         try:
+            if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+                raise ValueError("RANK is to be below WORLD_SIZE")
             patience = datetime.timedelta(seconds=3 * PATIENCE)  # longer than one process may wait for its audio
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         except (ValueError, RuntimeError) as error:

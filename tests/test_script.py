@@ -672,6 +672,7 @@ def test_wrong_use_ends_in_one_line(capsys, tmp_path, monkeypatch, name):
         ({"SLURM_NTASKS": "2"}, ["SLURM_NTASKS is 2", "torchrun", "RANK"]),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, ["OMPI_COMM_WORLD_SIZE is 4"]),
         ({"RANK": "0", "WORLD_SIZE": "2"}, ["MASTER_ADDR"]),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK is to be below WORLD_SIZE"]),
     ],
 )
 def test_tasks_of_a_launcher_that_do_not_know_of_each_other_are_refused(

@@ -40,8 +40,8 @@ PRETRAINED, STARTS = ROOT / "tests" / "experiment" / "pretrained", ROOT / "tests
 FOLDS, SEEDS = range(3), range(2)
 UPDATES = {"all": (1200, 800), "quarter": (720, 480)}  # of pruning and of fine-tuning; the same for all points
 COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --dtype bfloat16"
-START = "--budget 1 --batch-seconds 20 --evaluate-updates 0 --dense-updates 0 --dtype bfloat16 --warmup-share 0.1"
-START += " --prune-updates 3000 --finetune-updates 0 --prune-lr 1e-3"
+START = "--budget 1 --batch-seconds 20 --evaluate-updates 0 --dtype bfloat16 --dense-lr 1e-3 --speed-perturbation 0.1"
+START += " --dense-updates 2000 --prune-updates 0 --finetune-updates 0"
 MASKS = "--time-mask 0.2 --channel-mask 0.1"
 TRIED = {  # the sets of flags: learning rate, speed perturbation, masks
     "asr": {
