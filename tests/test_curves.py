@@ -1,6 +1,7 @@
 """The experiment's statistics, worked out by hand and on simulated data, and that the pages say what they say."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -41,6 +42,7 @@ def result(errors, method="mac", budget=0.5, fold=0, seed=0, flags=0, task="asr"
         "expected": {"channels": 0.9, "heads": 0.25, "units": 0.5} if budget < 1 else None,
         "dev": {"word_error_rate": 0.3} if task == "asr" else {"intent_accuracy": 0.8},
         "cpu": "a CPU",
+        "code": "4567cdef",
         "speakers": {f"f{fold}s{i}": row for i, row in enumerate(rows)},
         "utterances": [int(e) for e in errors],
         **fields,
@@ -56,14 +58,19 @@ def runs(errors, **which):
 def everything(errors, best=(0, 0), task="asr", beside=None, **fields):
     """All results of a task. errors: {(method, budget): what `runs` takes}; best: flags for dense and for `mac` 0.7."""
     lines = []
-    for flags in range(len(FLAGS[task])):
-        for (which, number) in zip(grid.TUNED, best):
+    for (method, budget), number in zip(grid.TUNED, best):
+        for flags in range(len(FLAGS[task])):
             dev = 0.2 + 0.1 * (flags != number)
-            dev = {"word_error_rate": dev} if task == "asr" else {"intent_accuracy": 1 - dev}
-            own = {"method": which[0], "budget": which[1], "flags": flags, "task": task, "dev": dev, **fields}
-            found = runs((beside or errors)[which] if flags == best[1] != best[0] else errors[which], **own)
-            lines += found if flags in best else found[: len(grid.FOLDS)]
-    for method, budget in errors.keys() - set(grid.TUNED):
+            own = {"dev": {"word_error_rate": dev} if task == "asr" else {"intent_accuracy": 1 - dev}}
+            own |= {"method": method, "budget": budget, "flags": flags, "task": task, **fields}
+            for fold in grid.FOLDS:
+                tried = errors[method, budget]
+                tried = tried(fold, grid.TUNING_SEED) if callable(tried) else tried
+                lines.append(result(tried, fold=fold, seed=grid.TUNING_SEED, **own))
+        if best[0] != best[1]:
+            own = {"method": method, "budget": budget, "flags": best[1], "task": task, **fields}
+            lines += runs((beside or errors)[method, budget], **own)
+    for method, budget in errors:
         lines += runs(errors[method, budget], method=method, budget=budget, flags=best[0], task=task, **fields)
     return lines
 
@@ -182,14 +189,17 @@ class Simulated(curves.Condition):
 
 
 @pytest.mark.parametrize(
-    ("words", "run", "luck"),  # a speaker's words; standard deviations of a run's error, and of a speaker's in a run
-    [(40, 0.004, 0.03), (18, 0.007, 0.05)],
+    ("words", "run", "luck"),  # of a speaker; standard deviations of a run's error, and of a speaker's in a run
+    [(40, 0.01, 0.03), (18, 0.007, 0.05)],
 )
 def test_intervals_cover_the_true_difference(words, run, luck):
-    """Of 1,000 experiments: speakers differ, in general and in what a condition does for them, and so do runs."""
+    """Of 1,000 experiments: speakers differ, in general and in what a condition does for them, and so do runs.
+
+    Some have said ten times as much as others.
+    """
     draw, covered, truth = np.random.default_rng(0), 0, 0.01
     for _ in range(1_000):
-        total = draw.integers(words // 2, 3 * words // 2, 240)
+        total = 1 + draw.geometric(1 / words, 240)
         hard, conditions = draw.normal(0.25, 0.12, 240), []
         for number in range(6):
             chance = hard + truth * (number == 0) + draw.normal(0, 0.03, 240)
@@ -227,21 +237,49 @@ def test_the_verdict_follows_from_the_intervals(tmp_path):
         assert len(curves.table(panels).splitlines()) == 2 + 6 + 2 * (best[0] != best[1])
 
 
+def test_a_panels_intervals_have_its_runs_in_them(tmp_path):
+    """Seeds of dense differ by two points for each speaker; folds have 60, 40 and 20 speakers."""
+
+    def errors(more):
+        return lambda fold, seed: [20 + more + 2 * (seed == 2) * (more == 0)] * (60 - 20 * fold)
+
+    found = {which: errors(number) for number, which in enumerate(grid.COMPARED)}
+    (panel,), _ = curves.read(written(tmp_path, everything(found, (0, 1), words=100)))
+    assert panel.between_runs == pytest.approx(0.02**2 / 2 * 2 / 8)  # of eight conditions, dense is there twice
+    _, lower, upper = panel.difference(panel.points["mac", 0.9], panel.dense)
+    deviation = np.sqrt(2 * panel.between_runs / 2 * (60**2 + 40**2 + 20**2) / 120**2)
+    assert (upper - lower) / 2 / 1.96 == pytest.approx(deviation, rel=0.03)
+    assert curves.in_folds(panel.points["mac", 0.5], panel.dense) == pytest.approx([0.02] * 3)
+    extra = everything({("mac", 0.9): errors(9)} | dict.fromkeys(grid.TUNED, errors(9)), (3, 3), words=100)
+    extra = [line for line in extra if line["seed"] != grid.TUNING_SEED]  # with flags that nobody has chosen
+    (same,), _ = curves.read(written(tmp_path, everything(found, (0, 1), words=100) + extra))
+    assert same.between_runs == panel.between_runs
+
+
+def test_a_margin_holds_for_both_dense_models_and_all_budgets_refute(tmp_path):
+    worse = ERRORS | {("mac", 0.9): [22] * 40, ("mac", 0.7): [22] * 40}
+    beside = {("dense", 1.0): [22] * 40, ("mac", 0.7): np.resize([22, 23], 40)}
+    (panel,), _ = curves.read(written(tmp_path, everything(worse, (1, 2), words=100, beside=beside)))
+    said = " ".join(curves.verdict([panel]).split())
+    assert "ASR, a quarter: refuted (0.9 worse, 0.7 worse). -" in said
+    assert "ASR, a quarter: worse by less than the margin; each with its own best, worse." in said
+
+
 def test_nothing_is_said_before_all_points_are_there(tmp_path, monkeypatch, capsys):
     lines = everything(ERRORS, words=100)
     slu = everything(ERRORS, words=100, task="slu")
     del slu[-1]
-    assert len(lines) == 6 * 6 + 2 * 3 * 3
+    assert len(lines) == 4 * 2 * 3 + 6 * 2 * 3
     panels, missing = curves.read(written(tmp_path, lines + slu))
     assert [p.task for p in panels] == ["asr"]
-    assert missing == ["slu quarter has 53 points, and lacks 1 or more"]
+    assert missing == ["slu quarter has 59 points, and lacks 1 or more"]
     assert list(drawn_panels(panels)) == ["asr-quarter"]
-    for few in (slu, lines[:30], lines[1:]):
+    for few in (slu, lines[:30], lines[1:], []):
         path = written(tmp_path, few)
         monkeypatch.setattr(sys, "argv", ["curves.py", str(path)])
         with pytest.raises(SystemExit):
             curves.main()
-        assert "has no task and amount of data of which all points are there" in capsys.readouterr().err
+        assert "nothing is said before all points of a task and an amount are there: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -266,10 +304,10 @@ def test_the_tables_say_what_was_measured(tmp_path):
     panels, _ = curves.read(written(tmp_path, lines))
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in curves.table(panels).splitlines()]
     assert {len(row) for row in rows} == {9} and len(rows) == 2 + 6 + 8
-    assert rows[2] == ["asr quarter dense", "100.0%", "100.0%", "", "20.00", "20.00 (5.00)", "20.0, 20.0", "", ""]
+    assert rows[2] == ["asr quarter dense", "100.0%", "100.0%", "", "30.00", "20.00 (5.00)", "20.0, 20.0", "", ""]
     ours = next(row for row in rows if row[0] == "asr quarter `mac` 0.5")
     assert ours[:7] == [ours[0], "50.0%", "50.0%", "90%, 25%, 50%", "30.00", "20.50 (5.12)", "20.5, 20.5"]
-    assert ours[7].startswith("+0.50 [+0.41, +0.59], p ") and ours[8] == "+0.00 [+0.00, +0.00]"
+    assert ours[7].startswith("+0.50 [+0.41, +0.59] (+0.5, +0.5, +0.5), p ") and ours[8] == "+0.00 [+0.00, +0.00]"
     assert [row[0] for row in rows if "converged" in row[0]] == [f"slu quarter {which} (not converged)"]
     beside = FLAGS["slu"][3]
     assert [row[0] for row in rows[-2:]] == [f"slu quarter dense, `{beside}`", f"slu quarter `mac` 0.7, `{beside}`"]
@@ -284,7 +322,7 @@ def test_the_tables_say_what_was_measured(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"inputs": "x"}, {"options": "x"}, {"speakers": {"s0": [1, 9, 1, 36]}}, {"utterances": [1]}, {"seed": 0}],
+    [{"inputs": "x"}, {"options": "x"}, {"speakers": {"s0": [1, 9, 1, 36]}}, {"utterances": [1]}, {"seed": 1}],
 )
 def test_points_that_make_no_common_curve_are_refused(tmp_path, change):
     lines = [result([1, 2], seed=seed) for seed in grid.SEEDS]
@@ -313,6 +351,7 @@ def test_points_that_make_no_common_curve_are_refused(tmp_path, change):
                 {"flags": "x"},
                 {"dev": {}},
                 {"macs": "0.5"},
+                {"params": math.nan},
                 {"expected": None},
                 {"speakers": {}},
                 {"speakers": {"s": [1, 2]}},
@@ -362,7 +401,7 @@ def test_the_grid_tries_all_flags_and_then_takes_the_best(tmp_path):
     """Dense decides for all points; `mac` 0.7 for itself and dense beside it."""
     lines = {grid.point_of(r): r for r in everything(ERRORS, (1, 2), words=100)}
     tuning = grid.tuning("asr")
-    assert len(tuning) == 4 * 2 * 3 and {p.seed for p in tuning} == {0}
+    assert len(tuning) == 4 * 2 * 3 and {p.seed for p in tuning} == {0} and 0 not in grid.SEEDS
     assert list(grid.points_of("asr", [])) == tuning and grid.chosen("asr", [lines[p] for p in tuning[1:]]) is None
     assert grid.chosen("asr", [lines[p] for p in tuning]) == FLAGS["asr"][1:3]
     points = grid.points_of("asr", [lines[p] for p in tuning])
@@ -415,6 +454,7 @@ def small_grid(tmp_path, monkeypatch, capsys):
     start = "--budget 1 --batch-seconds 5 --dense-updates 1 --prune-updates 0 --finetune-updates 0"
     monkeypatch.setattr(grid, "START", start)
     monkeypatch.setattr(grid, "FOLDS", range(1))
+    monkeypatch.setattr(grid, "SEEDS", (1, 2))
     monkeypatch.setattr(grid, "COMPARED", (("dense", 1.0), ("mac", 0.7), ("transformer", 0.9)))
     tried = {"slow": "--prune-lr 1e-5 --finetune-lr 1e-5", "fast": "--prune-lr 1e-3 --finetune-lr 1e-3"}
     monkeypatch.setattr(grid, "TRIED", {"asr": tried, "slu": tried})
@@ -443,7 +483,7 @@ def test_a_grid_runs_its_points_once(small_grid, tmp_path, monkeypatch):
     status, printed, _ = small_grid("slu", "--jobs", "2")
     lines = grid.read_results(tmp_path / "new" / "results.jsonl")
     assert status == 0 and "0-slow-dense-1-0: dev " in printed
-    assert len(lines) in (8, 10) and f"{len(lines)} of {len(lines)} points are in" in printed
+    assert len(lines) in (4 + 6, 4 + 6 + 4) and f"{len(lines)} of {len(lines)} points are in" in printed
     assert grid.point_of(lines[0]) == (0, "fast", "mac", 0.7, 0)  # and only then the others
     for line in lines:
         point = grid.point_of(line)
@@ -492,13 +532,16 @@ def test_recognition_begins_with_the_start_of_its_fold(small_grid, tmp_path, mon
     (log,) = (tmp_path / "runs" / "grid").rglob("1-fast-mac-0.7-1.log")
     assert str(tmp_path / "starts" / "asr-quarter-1.pt") in log.read_text()
     assert "made" not in small_grid("asr", "--only", "1-fast-dense-1-0")[1]  # it is there
+    monkeypatch.setattr(grid, "START", f"{grid.START} --seed 1")
+    status, _, errors = small_grid("asr", "--only", "1-fast-dense-1-0")
+    assert status == 2 and "asr-quarter-1.pt: was made from another encoder or corpus, or otherwise; remove" in errors
     (tmp_path / "tiny.pt").write_bytes(b"")
     status, _, errors = small_grid("asr", "--only", "0-fast-dense-1-0")
     assert status == 2 and "asr-quarter-0.pt: could not be made; the end of its log in" in errors
 
 
 def test_the_pages_say_what_the_results_say():
-    """The experiment's own page has the verdict and the tables, the main page the verdict; or that there is none yet."""
+    """The experiment's own page has the verdict and the tables, the main page the verdict; or says there is none."""
     page = (HERE / "README.md").read_text(encoding="utf-8")
     try:
         panels, _ = curves.read(HERE / "results.jsonl")

@@ -585,7 +585,7 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
         tested += splits[2]
         assert [{u.speaker for u in split} for split in (strings.train, strings.dev, strings.test)] == splits
         assert len(strings.train) == 8 * 8 and len(strings.dev) == 2 * 2
-        first = {f"{speaker}-{number}.flac" for speaker in splits[2] for number in (0, 1)}
+        first = {f"{speaker}-0.flac" for speaker in splits[2]}
         assert {os.path.basename(u.name) for u in strings.test} == first
         for utterance in strings.train + strings.dev + strings.test:
             assert sorted(utterance.text.split()) == ["TREE", "YES"]
@@ -593,7 +593,8 @@ def test_corpora_that_anyone_can_clone_become_tables(tmp_path):
         for task, corpus in (("slu", words), ("asr", strings)):
             quarter = open_corpus(tables / f"{task}-quarter-{fold}", task)
             assert [u.name for u in quarter.dev + quarter.test] == [u.name for u in corpus.dev + corpus.test]
-            assert len({u.speaker for u in quarter.train}) == 2 and {u.name for u in quarter.train} < {u.name for u in corpus.train}
+            assert len({u.speaker for u in quarter.train}) == 2
+            assert {u.name for u in quarter.train} < {u.name for u in corpus.train}
     assert sorted(tested) == speakers
     (tmp_path / "commands" / "_silence_").rename(tmp_path / "silence")
     (tmp_path / "digits" / "recordings" / "._0_ann_3.wav").touch()

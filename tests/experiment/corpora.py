@@ -14,8 +14,8 @@ classes `_unknown_` (whose files' names begin with the word) and `_silence_` (no
 corpora, TABLES/TASK-AMOUNT-FOLD. Speakers stand in the order of their numbers. Every third is a test speaker, from the
 first, second or third on in fold 0, 1 or 2; of the others, every fifth is a dev speaker and the rest train: all of
 them, or every fourth (a quarter). The utterances of `slu` are the words. Those of `asr` are strings of two to five
-words of one speaker, whose recordings follow each other in random order: each recording is in eight strings, of which
-dev and test have the first two (a speaker's last ones may be shorter). The audio of strings is in TABLES/strings.
+words of one speaker, whose recordings follow each other in random order: each recording is in eight strings of train,
+two of dev and one of test (a speaker's last ones may be shorter). The audio of strings is in TABLES/strings.
 
 `path` in a table is from the table's folder; move them together.
 """
@@ -84,7 +84,7 @@ def commands(folder, audio):
                 for row in spoken[speaker]:
                     yield f"slu-{amount}-{fold}", split, *row
                 for number, row in strung[speaker]:
-                    if split == "train" or number < 2:
+                    if number < {"train": 8, "dev": 2, "test": 1}[split]:
                         yield f"asr-{amount}-{fold}", split, *row
 
 

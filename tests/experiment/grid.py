@@ -5,10 +5,10 @@
 
 A task and an amount of data (`all` or `quarter`) have a corpus for each fold, which corpora.py writes. A point is a
 fold, a set of flags, a method, a budget and a seed: a run of sslprune.py on one thread of the CPU, in runs/grid. First
-all sets of flags are tried, on the dense model and on `mac` 0.7; then all points run with the set that has the fewest
-errors on dev for the dense model, and those two again with the set that has the fewest for `mac` 0.7. Points that
---results holds are not run again, and an interrupted one goes on. A result is a line: what the report says, and the
-errors of each test speaker, from which tests/experiment/curves.py makes intervals.
+all sets of flags are tried with seed 0, on the dense model and on `mac` 0.7. Then all points run from other seeds with
+the set that has the fewest errors on dev for the dense model, and those two also with the set that has the fewest for
+`mac` 0.7. Points that --results holds are not run again, and one that Ctrl-C interrupted goes on. A result is a line:
+what the report says, and the errors of each test speaker, from which tests/experiment/curves.py makes intervals.
 
 Recognition begins with a model that has left CTC's plateau, in tests/experiment/starts. Where it is missing, it is made
 first: the pretrained encoder, trained on the fold's training set without pruning.
@@ -20,6 +20,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -37,7 +38,7 @@ from sslprune import torch_bytes, write  # noqa: E402
 
 RUNS = ROOT / "runs" / "grid"
 PRETRAINED, STARTS = ROOT / "tests" / "experiment" / "pretrained", ROOT / "tests" / "experiment" / "starts"
-FOLDS, SEEDS = range(3), range(2)
+FOLDS, TUNING_SEED, SEEDS = range(3), 0, (1, 2)
 UPDATES = {"all": (1200, 800), "quarter": (720, 480)}  # of pruning and of fine-tuning; the same for all points
 COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --dtype bfloat16"
 START = "--budget 1 --batch-seconds 20 --evaluate-updates 0 --dtype bfloat16 --dense-lr 1e-3 --speed-perturbation 0.1"
@@ -77,7 +78,7 @@ class Point(NamedTuple):
 
 def tuning(task):
     """The points that choose the flags."""
-    return [Point(fold, flags, *which, 0) for flags in TRIED[task] for which in TUNED for fold in FOLDS]
+    return [Point(fold, flags, *which, TUNING_SEED) for flags in TRIED[task] for which in TUNED for fold in FOLDS]
 
 
 def dev_error(result):
@@ -87,12 +88,11 @@ def dev_error(result):
 
 
 def tried(task, results):
-    """{(method, budget): {flags: mean error on dev of all folds, seed 0}} of the sets of flags that have run."""
+    """{(method, budget): {flags: error on dev, the mean of all folds}} of the sets of flags that have been tried."""
     found = {which: {} for which in TUNED}
     for which, flags in itertools.product(TUNED, TRIED[task]):
-        errors = [
-            dev_error(r) for r in results if (r["method"], r["budget"], r["flags"], r["seed"]) == (*which, flags, 0)
-        ]
+        mine = (*which, flags, TUNING_SEED)
+        errors = [dev_error(r) for r in results if (r["method"], r["budget"], r["flags"], r["seed"]) == mine]
         if len(errors) == len(FOLDS):
             found[which][flags] = sum(errors) / len(errors)
     return found
@@ -161,6 +161,11 @@ def errors_of(task, rows, speakers):
     return dict(sorted(found.items())), each
 
 
+def code():
+    """A few hexadecimals that tell the program's six modules from other versions."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:8]
+
+
 def cpu():
     """The name of this machine's CPU, and what torch computes by."""
     try:
@@ -189,13 +194,16 @@ class Fold:
         self.corpus = data.open_corpus(self.folder, task)
         self.speakers = speakers_of(self.corpus)
         self.start = STARTS / f"{self.folder.name}.pt" if task == "asr" else PRETRAINED
+        self.made_from = f"{fingerprint(PRETRAINED, self.corpus)} {START}"
+        if task == "asr" and self.start.exists() and torch.load(self.start).get("made_from") != self.made_from:
+            raise UserError(f"{self.start}: was made from another encoder or corpus, or otherwise; remove it")
 
     def make_start(self):
         """Train the model that recognition begins with, and write it in bfloat16; False where that failed."""
-        out = RUNS / f"{self.folder.name}-{fingerprint(PRETRAINED, self.corpus)}" / "start"
+        out = RUNS / f"{self.folder.name}-{self.made_from[:8]}" / "start"
         if not run(out, "--task", self.task, "--checkpoint", PRETRAINED, "--data", self.folder, *START.split()):
             return False
-        contents = torch.load(out / "model.pt")
+        contents = torch.load(out / "model.pt") | {"made_from": self.made_from}
         contents["weights"] = {name: weight.bfloat16() for name, weight in contents["weights"].items()}
         self.start.parent.mkdir(exist_ok=True)
         write(self.start, torch_bytes(contents))
@@ -210,7 +218,8 @@ class Fold:
         """Run a point, or go on with it, and return its result; None where that failed."""
         options, inputs = options_of(self.task, self.amount, point), self.inputs
         out = RUNS / f"{self.folder.name}-{inputs}" / str(point)
-        own = f"--task {self.task} --budget {point.budget:g} --seed {point.seed}"
+        seed = len(FOLDS) * point.seed + point.fold  # no two folds begin with the same random numbers
+        own = f"--task {self.task} --budget {point.budget:g} --seed {seed}"
         own += f" --method {point.method}" if point.budget < 1 else ""
         if not run(out, "--checkpoint", self.start, "--data", self.folder, *own.split(), *options.split()):
             return None
@@ -223,12 +232,14 @@ class Fold:
             "amount": self.amount,
             **point._asdict(),
             "options": options,
-            **{field: report[field] for field in ("converged", "updates")},
+            **{field: report[field] for field in ("converged", "updates", "updates_left_out", "skipped")},
             **{cost: report["pruned"][cost] / report["dense"][cost] for cost in ("macs", "params")},
             "expected": {kind: sum(counts[kind]) / sum(dense[kind]) for kind in counts},
             "dev": report["metrics"]["pruned"]["dev"],
             "seconds": report["train_seconds"],
             "cpu": cpu(),
+            "torch": torch.__version__,
+            "code": code(),
             "inputs": inputs,
             "speakers": by_speaker,
             "utterances": each,
@@ -252,13 +263,13 @@ def parse_result(line):
     rows = list(result["speakers"].values())
     numbers = [dev_error(result), *(result[field] for field in ("budget", "macs", "params")), *result["utterances"]]
     numbers += itertools.chain(*rows, result["expected"].values() if result["budget"] < 1 else ())
-    if not all(isinstance(number, (int, float)) for number in numbers):
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
         raise ValueError("has something else for a number")
     if not rows or any(len(row) != {"asr": 4, "slu": 2}[result["task"]] or not row[1] for row in rows):
         raise ValueError("has no counts for a speaker")
     if result["amount"] not in UPDATES or str(point_of(result)) not in every_point(result["task"]):
         raise ValueError("is of no point")
-    missing = {"options", "inputs", "updates", "converged", "cpu"} - result.keys()
+    missing = {"options", "inputs", "updates", "converged", "cpu", "code"} - result.keys()
     if missing:
         raise ValueError(f"has no {', '.join(sorted(missing))}")
     return result
@@ -283,7 +294,7 @@ def point_of(result):
 
 def every_point(task):
     """{name: Point} of what can be run."""
-    found = itertools.product(FOLDS, TRIED[task], COMPARED, SEEDS)
+    found = itertools.product(FOLDS, TRIED[task], COMPARED, (TUNING_SEED, *SEEDS))
     return {str(p): p for p in (Point(fold, flags, *which, seed) for fold, flags, which, seed in found)}
 
 
