@@ -451,8 +451,9 @@ def small_grid(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid.subprocess, "run", forked)
     monkeypatch.setattr(grid, "COMMON", "--batch-seconds 5 --gate-lr 1 --dense-updates 0 --evaluate-updates 0")
     monkeypatch.setattr(grid, "UPDATES", {"quarter": (6, 1)})
-    start = "--budget 1 --batch-seconds 5 --dense-updates 1 --prune-updates 0 --finetune-updates 0"
+    start = "--budget 1 --batch-seconds 5 --prune-updates 0 --finetune-updates 0 --dense-updates"
     monkeypatch.setattr(grid, "START", start)
+    monkeypatch.setattr(grid, "START_UPDATES", {"quarter": 1})
     monkeypatch.setattr(grid, "FOLDS", range(1))
     monkeypatch.setattr(grid, "SEEDS", (1, 2))
     monkeypatch.setattr(grid, "COMPARED", (("dense", 1.0), ("mac", 0.7), ("transformer", 0.9)))
@@ -532,7 +533,7 @@ def test_recognition_begins_with_the_start_of_its_fold(small_grid, tmp_path, mon
     (log,) = (tmp_path / "runs" / "grid").rglob("1-fast-mac-0.7-1.log")
     assert str(tmp_path / "starts" / "asr-quarter-1.pt") in log.read_text()
     assert "made" not in small_grid("asr", "--only", "1-fast-dense-1-0")[1]  # it is there
-    monkeypatch.setattr(grid, "START", f"{grid.START} --seed 1")
+    monkeypatch.setattr(grid, "START_UPDATES", {"quarter": 2})
     status, _, errors = small_grid("asr", "--only", "1-fast-dense-1-0")
     assert status == 2 and "asr-quarter-1.pt: was made from another encoder or corpus, or otherwise; remove" in errors
     (tmp_path / "tiny.pt").write_bytes(b"")

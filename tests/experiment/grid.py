@@ -40,9 +40,10 @@ RUNS = ROOT / "runs" / "grid"
 PRETRAINED, STARTS = ROOT / "tests" / "experiment" / "pretrained", ROOT / "tests" / "experiment" / "starts"
 FOLDS, TUNING_SEED, SEEDS = range(3), 0, (1, 2)
 UPDATES = {"all": (1200, 800), "quarter": (720, 480)}  # of pruning and of fine-tuning; the same for all points
+START_UPDATES = {"all": 2000, "quarter": 1000}
 COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --dtype bfloat16"
 START = "--budget 1 --batch-seconds 20 --evaluate-updates 0 --dtype bfloat16 --dense-lr 1e-3 --speed-perturbation 0.1"
-START += " --dense-updates 2000 --prune-updates 0 --finetune-updates 0"
+START += " --prune-updates 0 --finetune-updates 0 --dense-updates"
 MASKS = "--time-mask 0.2 --channel-mask 0.1"
 TRIED = {  # the sets of flags: learning rate, speed perturbation, masks
     "asr": {
@@ -194,14 +195,15 @@ class Fold:
         self.corpus = data.open_corpus(self.folder, task)
         self.speakers = speakers_of(self.corpus)
         self.start = STARTS / f"{self.folder.name}.pt" if task == "asr" else PRETRAINED
-        self.made_from = f"{fingerprint(PRETRAINED, self.corpus)} {START}"
+        self.made_from = f"{fingerprint(PRETRAINED, self.corpus)} {START} {START_UPDATES[amount]}"
         if task == "asr" and self.start.exists() and torch.load(self.start).get("made_from") != self.made_from:
             raise UserError(f"{self.start}: was made from another encoder or corpus, or otherwise; remove it")
 
     def make_start(self):
         """Train the model that recognition begins with, and write it in bfloat16; False where that failed."""
         out = RUNS / f"{self.folder.name}-{self.made_from[:8]}" / "start"
-        if not run(out, "--task", self.task, "--checkpoint", PRETRAINED, "--data", self.folder, *START.split()):
+        flags = f"--task {self.task} {START} {START_UPDATES[self.amount]}".split()
+        if not run(out, "--checkpoint", PRETRAINED, "--data", self.folder, *flags):
             return False
         contents = torch.load(out / "model.pt") | {"made_from": self.made_from}
         contents["weights"] = {name: weight.bfloat16() for name, weight in contents["weights"].items()}
