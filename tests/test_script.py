@@ -714,7 +714,7 @@ def test_a_program_is_exported_to_no_other_ending_and_the_way_to_onnx_is_said(ca
 
 def test_help_has_the_defaults_of_each_recipe(capsys):
     printed = " ".join(run(capsys, "--help")[1].split())
-    text = "--dense-updates N 0 with a checkpoint that is small or trained for the task; otherwise default 20000"
+    text = "--dense-updates N default 0 with a checkpoint that is small or trained for the task, else: default 20000"
     assert text in printed
     assert "--prune-lr N default 0.0001, of a small model 0.001 (slu 0.0005)" in printed
 
