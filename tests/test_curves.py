@@ -451,7 +451,7 @@ def small_grid(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid.subprocess, "run", forked)
     monkeypatch.setattr(grid, "COMMON", "--batch-seconds 5 --gate-lr 1 --dense-updates 0 --evaluate-updates 0")
     monkeypatch.setattr(grid, "UPDATES", {"quarter": (6, 1)})
-    start = "--budget 1 --batch-seconds 5 --prune-updates 0 --finetune-updates 0 --dense-updates"
+    start = "--budget 1 --batch-seconds 5 --prune-updates 0 --finetune-updates 0"
     monkeypatch.setattr(grid, "START", start)
     monkeypatch.setattr(grid, "START_UPDATES", {"quarter": 1})
     monkeypatch.setattr(grid, "FOLDS", range(1))

@@ -43,7 +43,7 @@ UPDATES = {"all": (1200, 800), "quarter": (720, 480)}  # of pruning and of fine-
 START_UPDATES = {"all": 2000, "quarter": 1000}
 COMMON = "--batch-seconds 10 --evaluate-updates 0 --dense-updates 0 --dtype bfloat16"
 START = "--budget 1 --batch-seconds 20 --evaluate-updates 0 --dtype bfloat16 --dense-lr 1e-3 --speed-perturbation 0.1"
-START += " --prune-updates 0 --finetune-updates 0 --dense-updates"
+START += " --prune-updates 0 --finetune-updates 0"
 MASKS = "--time-mask 0.2 --channel-mask 0.1"
 TRIED = {  # the sets of flags: learning rate, speed perturbation, masks
     "asr": {
@@ -195,15 +195,16 @@ class Fold:
         self.corpus = data.open_corpus(self.folder, task)
         self.speakers = speakers_of(self.corpus)
         self.start = STARTS / f"{self.folder.name}.pt" if task == "asr" else PRETRAINED
-        self.made_from = f"{fingerprint(PRETRAINED, self.corpus)} {START} {START_UPDATES[amount]}"
+        self.start_flags = f"{START} --dense-updates {START_UPDATES[amount]}"
+        self.made_from = f"{fingerprint(PRETRAINED, self.corpus)} {self.start_flags}"
         if task == "asr" and self.start.exists() and torch.load(self.start).get("made_from") != self.made_from:
             raise UserError(f"{self.start}: was made from another encoder or corpus, or otherwise; remove it")
 
     def make_start(self):
         """Train the model that recognition begins with, and write it in bfloat16; False where that failed."""
         out = RUNS / f"{self.folder.name}-{self.made_from[:8]}" / "start"
-        flags = f"--task {self.task} {START} {START_UPDATES[self.amount]}".split()
-        if not run(out, "--checkpoint", PRETRAINED, "--data", self.folder, *flags):
+        flags = f"--task {self.task} {self.start_flags}"
+        if not run(out, "--checkpoint", PRETRAINED, "--data", self.folder, *flags.split()):
             return False
         contents = torch.load(out / "model.pt") | {"made_from": self.made_from}
         contents["weights"] = {name: weight.bfloat16() for name, weight in contents["weights"].items()}
