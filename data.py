@@ -656,7 +656,8 @@ def read_audio(path):
             raise UserError(f"{path}: is truncated")
         if not np.isfinite(samples).all():
             raise UserError(f"{path}: holds values that are not finite")
-        return resample(samples, sound.samplerate)
+        padded = sound.subtype == "GSM610" and "chunk seems to be truncated" in sound.extra_info  # see is_truncated
+        return resample(samples[: -320 if padded else None], sound.samplerate)
 
 
 def is_truncated(sound, file, path):
@@ -664,7 +665,8 @@ def is_truncated(sound, file, path):
     # libsndfile notes a size that the file does not hold; one of 2 GB and more says that a pipe's writer did not know.
     pattern = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: +(\d+) \(should be (\d+)\)"
     sizes = [map(int, found) for found in re.findall(pattern, sound.extra_info, re.MULTILINE)]
-    remarks = re.search("truncated|lacks an end-of-stream bit|after the last page", sound.extra_info)
+    # A chunk "seems" so that is not of whole blocks: libsndfile takes the byte behind an odd number of GSM's for one.
+    remarks = re.search("(?<!chunk seems to be )truncated|lacks an end-of-stream|after the last page", sound.extra_info)
     if remarks or any(real < said < 2**31 - 2**16 for said, real in sizes):
         return True
     read, size, _ = file.tell(), file.seek(0, os.SEEK_END), file.seek(0)
