@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -170,11 +171,20 @@ def pad(waveforms):
 BLANK, SPACE = "<pad>", "|"  # CTC's blank, which is output 0, and the space between words, as wav2vec2 names them
 WIDTHS = {c: unicodedata.normalize("NFKC", chr(c)) for c in range(0xFF01, 0xFFDD)}  # full-width letters, brackets, ...
 APOSTROPHES = dict.fromkeys(map(ord, "\u2019\u2018\u201b\u02bb\u02bc\u055a\u1fbd\u1fbf\u2032`\u00b4"), "'")
-# What is inside of words: zero-width joiners, Mongolian's vowel separator, middle dots (l\u00b7l), geresh, gershayim.
-INNER = "\u200c\u200d\u180e\u00b7\u2027\u2219\u22c5\u05f3\u05f4"
-BRACKETS = ("<>", "[]", "{}", "\u27e8\u27e9", "\u3010\u3011", "\u3014\u3015", "()")
-NOISE = "|".join(rf"\{a}[/|_]?[^\W\d_][^{re.escape(''.join(BRACKETS))}]{{0,38}}\{b}" for a, b in BRACKETS[:-1])
-NOISE += r"|\([^\W\d_]\w{0,38}\)"  # in parentheses one word alone, since people say what else stands in them
+# What is inside of words: zero-width joiners, two of Mongolian, middle dots (l\u00b7l), geresh, gershayim, a colon.
+INNER = "\u200c\u200d\u180a\u180e\u00b7\u2022\u2027\u2219\u22c5\u05f3\u05f4:"
+EDGES = re.compile(rf"^[{INNER}]+|(?<![\u094d\u09cd\u0d4d{INNER}])[{INNER}]+$")  # a joiner may follow a final virama
+COLON = re.compile("(?<![A-Za-z\u00c0-\u024f]):|:(?![A-Za-z\u00c0-\u024f])")  # others are inside, as in EU:n and S:t
+GERSHAYIM = re.compile('(?<=[\u05d0-\u05ea])"(?=[\u05d0-\u05ea])')  # as it is typed
+# Quotation marks that may be apostrophes, too: several at once, the last behind punctuation, or the two not alike.
+QUOTED = re.compile(r"(?<!\w)(?:'(\w.*?[^\w\s])'|[\u2018\u201a](\w.*?)[\u2018\u2019])(?!\w)|''+|``+")
+ARMENIAN = "\u055b\u055c\u055e"  # stress, exclamation and question, over a vowel
+SYMBOLS = "\u06fd\u06fe\u104c\u104d\u104e\u104f"  # that are words, of Sindhi and Burmese
+BRACKETS = ("[]", "{}", "\u27e8\u27e9", "\u3010\u3011", "\u3014\u3015")
+BETWEEN = rf"[^<>(){re.escape(''.join(BRACKETS))}]"
+NOISE = "|".join(rf"\{a}(?={BETWEEN}*[^\W\d_]){BETWEEN}{{1,80}}\{b}" for a, b in BRACKETS)
+NOISE += rf"|<[/|_*#]?[^\W\d_]{BETWEEN}{{0,80}}>|<\s\w+\s>"  # these also stand for less and greater
+NOISE += r"|\(\s?[^\W\d_][\w-]{0,38}[.!]?\s?\)"  # one word alone, since people say what else is in parentheses
 
 
 def normalise(text, dropped=None):
@@ -183,24 +193,26 @@ def normalise(text, dropped=None):
     Superscripts and tone letters stay, and INNER inside a word. Marks of noise such as <unk> and [laughs]
     are no words. dropped: a Counter, which is told of each character and mark of noise that is left out.
     """
-    text = unicodedata.normalize("NFC", text.translate(WIDTHS))  # NFKC would make a letter of a superscript
+    before, text = text, unicodedata.normalize("NFC", text.translate(WIDTHS))  # NFKC makes letters of superscripts
     noise, text = re.findall(NOISE, text), re.sub(NOISE, " ", text)
-    text = unicodedata.normalize("NFC", text.upper()).translate(APOSTROPHES)
-    words = (word.strip(INNER) for word in "".join(map(_spelled, text)).split())
-    said = " ".join(filter(None, words))
+    text = GERSHAYIM.sub("\u05f4", unicodedata.normalize("NFC", text.upper()))
+    unquoted = COLON.sub(" ", QUOTED.sub(r" \1\2 ", text)).translate(APOSTROPHES)
+    words = (EDGES.sub("", word) for word in "".join(map(_spelled, unquoted)).split())
+    words = (word.strip("'") if word[:1] == word[-1:] == "'" else word for word in words)
+    said = unicodedata.normalize("NFC", " ".join(filter(None, words)))
     if dropped is not None:
         dropped.update(noise)
-        dropped.update(Counter("".join(text.split())) - Counter(said))
-    return unicodedata.normalize("NFC", said)
+        dropped.update(Counter("".join(text.translate(APOSTROPHES).split())) - Counter(said))
+    return said if said == before else normalise(said)  # what is normalised, as what is recognised is, stays as it is
 
 
 @functools.cache
 def _spelled(character):
     """A character in a normalised transcript: itself, nothing where it is invisible, or else a space."""
     category, name = unicodedata.category(character), unicodedata.name(character, "")
-    if character in INNER or character == "'" or category == "Sk" and name.startswith("MODIFIER LETTER"):
+    if character in INNER + SYMBOLS + "'" or category == "Sk" and name.startswith("MODIFIER LETTER"):
         return character
-    if category == "Cf" and character != "\u200b" or name.startswith("VARIATION SELECTOR"):
+    if category == "Cf" and character != "\u200b" or character in ARMENIAN or name.startswith("VARIATION SELECTOR"):
         return ""
     return character if category[0] in "LMN" else " "
 
@@ -342,14 +354,14 @@ def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False,
 
 
 def layout(root, subsets, splits):
-    """The kind of the corpus in a folder: the first of SUBSETS of which there is a subset that is asked for.
+    """The kind of the corpus in a folder: that of SUBSETS of which most of the subsets are there that are asked for.
 
-    If there is none, the kind of which there is another one, so that an error can say what is missing.
+    If there are none, the kind of which there is another one, so that an error can say what is missing.
     """
-    for kind, names in SUBSETS.items():
-        asked = ",".join((names | subsets)[split] for split in splits).split(",")
-        if any(subset_files(root, kind, glob.escape(name)) for name in asked):
-            return kind
+    found = {kind: files_of_splits(root, kind, subsets) for kind in SUBSETS}
+    found = {kind: sum(map(bool, chain(*(files[s].values() for s in splits)))) for kind, files in found.items()}
+    if any(found.values()):
+        return max(found, key=found.get)
     for kind in reversed(SUBSETS):  # tables last: people have notes of all sorts in such files
         if subset_files(root, kind, "*"):
             return kind
@@ -363,15 +375,15 @@ def files_of_splits(root, kind, subsets):
     """{split: {name of a subset: its files}}."""
     names = SUBSETS[kind] | subsets
     if kind == "table" and "dev" not in subsets:
-        names["dev"] = next((n for n in ("dev", "validation", "valid") if subset_files(root, kind, n)), "dev")
+        names["dev"] = next((n for n in ("dev", "validation", "valid", "val") if subset_files(root, kind, n)), "dev")
     return {
-        split: {name: subset_files(root, kind, glob.escape(name)) for name in joined.split(",")}
+        split: {name: subset_files(root, kind, glob.escape(name)) for name in map(str.strip, joined.split(","))}
         for split, joined in names.items()
     }
 
 
 def subset_files(root, kind, name):
-    """The files that make a subset. Of tables, the first is read. name: a pattern of glob's."""
+    """The files that make a subset. Of tables, the first is read. name: a pattern; a table's may have its ending."""
     if kind == "Kaldi":
         return listed(root, f"{name}/wav.scp")
     if kind == "LibriSpeech":
@@ -384,7 +396,7 @@ def subset_files(root, kind, name):
     if kind == "SLURP":
         return [*filter(is_slurp, listed(root, f"dataset/slurp/{name}.jsonl") + listed(root, f"{name}.jsonl"))]
     endings = [".tsv", ".csv", ".jsonl"] + [".json"] * (name != "*")  # anything may have notes of its own in .json
-    paths = listed(root, f"{name}.*")
+    paths = listed(root, f"{name}.*") + listed(root, name)
     return [p for ending in endings for p in paths if p.suffix.lower() == ending and not is_slurp(p)]
 
 
@@ -494,7 +506,7 @@ def read_kaldi(root, files, task):
 
 
 COLUMNS = {  # of a manifest: the names by which a column goes
-    "path": ("path", "audio_filepath", "file_name", "filename", "audio_file"),
+    "path": ("path", "audio_filepath", "file_name", "filename", "audio_file", "wav_filename", "wav", "audio"),
     "text": ("sentence", "text", "transcription", "transcript"),
     "intent": ("intent",),
     "speaker": ("speaker", "client_id", "speaker_id"),
@@ -504,7 +516,7 @@ COLUMNS = {  # of a manifest: the names by which a column goes
 def read_manifest(root, files, task):
     """NAME.tsv, .csv, .jsonl or .json: Common Voice's, NeMo's, pandas'. COLUMNS are read of each row or object.
 
-    Audio is in the corpus's folder, in clips/ in it, or beside; the paths of Common Voice once lacked its .mp3.
+    Audio is in the corpus's folder, in clips/ in it, beside, or where the path says; Common Voice's once lacked .mp3.
     """
     path, needed = files[0], "text" if task == "asr" else "intent"
     is_json = path.suffix.lower() in (".jsonl", ".json")
@@ -512,7 +524,8 @@ def read_manifest(root, files, task):
         if isinstance(row, str):
             yield where, row
             continue
-        row = {key: str(value).strip() for key, value in row.items() if type(value) in (str, int, float)}
+        plain = {key.lower(): v for key, v in row.items() if type(v) in (str, int, float) and v == v}  # pandas has NaN
+        row = {key: str(value).strip() for key, value in plain.items()}
         cells = {what: next((row[key] for key in keys if row.get(key)), "") for what, keys in COLUMNS.items()}
         name = cells.pop("path")
         if any(row.get(key, "").strip("+-0.") for key in ("offset", "start", "start_time")):
@@ -523,8 +536,8 @@ def read_manifest(root, files, task):
         seconds = 0.0
         with contextlib.suppress(ValueError):  # where a manifest has offsets, a first part begins at 0
             seconds = float(row.get("duration", 0) if "offset" in row else 0)
-        folders = (root, root / "clips", path.parent)
-        yield where, Utterance(name, [f / f"{name}{end}" for end in ("", ".mp3") for f in folders], seconds, **cells)
+        folders, names = (root, root / "clips", path.parent, Path()), (name, f"{name}.mp3", name.replace("\\", "/"))
+        yield where, Utterance(name, [folder / each for each in names for folder in folders], seconds, **cells)
 
 
 def _rows(path, needed):
@@ -544,7 +557,7 @@ def _rows(path, needed):
         if not is_tsv:
             raise UserError(f"{lines[reader.line_num - 1][0]} is no CSV ({error})") from error
         rows = unquoted
-    columns = [name.strip() for name in rows[0][1]]
+    columns = [name.strip().lower() for name in rows[0][1]]
     for what in ("path", needed):
         if not set(columns) & set(COLUMNS[what]):
             names, separators = " or ".join(COLUMNS[what]), "tabs" if is_tsv else "commas, semicolons or tabs"
@@ -561,7 +574,7 @@ def _objects(path):
             entry = json.loads(line)
         except (ValueError, RecursionError):
             entry = None
-        yield where, entry if isinstance(entry, dict) else "is no JSON object"
+        yield where, entry if isinstance(entry, dict) else "is no JSON object, of which each line has one"
 
 
 def read_slurp(root, files, task):

@@ -521,7 +521,8 @@ class Checkpoint:
         if self.task == "asr" and not raw_text:
             if len({label.upper() for label in labels}) < len(labels):
                 log.info("%s: tells upper from lower case, and transcripts do with --raw-text alone", self.path)
-            taken, normal = set(labels), [data.normalise(label) if len(label) == 1 else label for label in labels]
+            inside = (data.normalise(f"a{label}a")[1:-1].strip() if len(label) == 1 else label for label in labels)
+            taken, normal = set(labels), list(inside)  # of a word, where an apostrophe stays
             labels = [new if len(new) == 1 and new not in taken else old for old, new in zip(labels, normal)]
 
         def make():
@@ -600,8 +601,8 @@ def find_checkpoint(path):
     names = ["model.safetensors", "pytorch_model.bin", "model.pt"]
     names += [f"{name}.index.json" for name in names]
     known = [path / name for name in names if (path / name).is_file()]
-    others = [file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")]
-    if not known and [file.stem for file in others] == ["adapter_model"]:
+    others = [file for file in data.listed(path, "*.*") if re.fullmatch(r"\.(safetensors|bin|pth?|ckpt)", file.suffix)]
+    if not known and "adapter_model" in (file.stem for file in others):
         raise UserError(f"{path}: holds an adapter alone; merge it into its model, and give that")
     if not known and len(others) != 1:
         raise UserError(f"{path}: holds none of {', '.join(names)}; give the file itself")
@@ -611,7 +612,7 @@ def find_checkpoint(path):
 def read_json(path):
     """The dictionary in a JSON file."""
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON: {error}") from error
     if not isinstance(contents, dict):
@@ -686,11 +687,13 @@ def read_pickle(path):
             with open(path, "rb") as file:  # before torch 1.6: a magic number, a version, the machine, the contents
                 operations = [operation for _ in range(4) for operation in pickletools.genops(file)]
             names = {name.replace(" ", ".") for operation, name, _ in operations if operation.name == "GLOBAL"}
+            names = {name.replace("__builtin__.", "builtins.") for name in names}  # as Python 2 called it
         while True:  # once more for each class whose objects turn out to be filled as lists or dictionaries are
             stand_ins = [(type(name, (Inert,), {"builtin": filled.get(name)}), name) for name in names]
             try:
-                with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
-                    contents = torch.load(path, map_location="cpu", weights_only=True)
+                safe, quiet = torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore")
+                with safe, quiet, open(path, "rb") as file:  # since torch goes by the ending of a path
+                    contents = torch.load(file, map_location="cpu", weights_only=True)
                 break
             except pickle.UnpicklingError as error:
                 wanted = re.search(rf"Can only (\w+) .* but got <class '{__name__}\.(.+?)'>", str(error))
@@ -957,9 +960,12 @@ def what_it_says(contents, path):
             if file.name == "config.json":  # only the encoder's part, and not that of a decoder or the like
                 parts = [part for part in parts if "conv_stride" in part[1]][:1] or parts[:1]
             holders += parts
-    holders += nested(contents)
+    # With fairseq's w2v_args in it, which is of the encoder, the rest of a dictionary is of others, and has defaults.
+    holders += [(place, holder) for place, holder in nested(contents) if plain(holder.get("w2v_args")) is None]
     for place, key, value in [(place, key, value) for place, holder in holders for key, value in holder.items()]:
         name, value = SAID.get(key), plain(value)
+        if key == "do_normalize" and value is False:  # WavLM-base's, whose GroupNorm makes it almost the same
+            log.info("%s: %s%s is false, and audio is normalised all the same", path, place, key)
         if value in (None, "<Tensor>") or name is None and key not in NEEDED:
             continue
         known = [NEEDED[key]] if key in NEEDED else list(NORMS) if name == "layer_norms" else [value]
@@ -1076,7 +1082,7 @@ def ctc_head(tensors, said, path):
     if any(tensor.shape[:1] != (size,) for tensor in head.values()):
         raise UserError(f"{path}: lm_head.weight and lm_head.bias are not of one size")
     outputs, special = read_vocabulary(file, size)
-    if special.get("phone_delimiter_token"):
+    if special.get("phone_delimiter_token") or "Phoneme" in str(special.get("tokenizer_class")):
         log.info("%s: is of phones, which no text is compared with; the head of %s is left out", file, path)
         return None, {}
     pad, delimiter = (str(special.get(name)) for name in ("pad_token", "word_delimiter_token"))

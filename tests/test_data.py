@@ -292,10 +292,19 @@ def test_the_vocabulary_is_the_blank_the_space_and_what_the_transcripts_hold():
         ("the house (la maison) is (I think so) old", "THE HOUSE LA MAISON IS I THINK SO OLD"),
         ("i <3 you and you > me (2 of us)", "I 3 YOU AND YOU ME 2 OF US"),
         (f"({'a' * 41})", "A" * 41),
+        ("'Hello,' he said. 'No!' ‚Ja‘ ‘so it is’ ``yes''", 'HELLO HE SAID NO JA SO IT IS YES'),
+        ("'tis the dogs' bone, rock 'n' roll '", "'TIS THE DOGS' BONE ROCK N ROLL"),
+        ('ինչո՞ւ', 'ԻՆՉՈՒ'),
+        ('צה"ל אמר "כן"', 'צה״ל אמר כן'),
+        ('അവന്\u200d', 'അവന്\u200d'),
+        ('col•legi • ۽ ၎င်း', 'COL•LEGI ۽ ၎င်း'),
+        ('EU:n S:t 12:30 note: 你：好', 'EU:N S:T 12 30 NOTE 你 好'),
+        ("[ laughs ][=! laughs][1 second pause]<*a>< unk >( laughs )(door-slam.){noise: a door, and behind it} 5", "5"),
     ],
 )
 def test_transcripts_keep_letters_marks_digits_and_apostrophes_of_any_script(text, expected):
     assert data.normalise(text) == expected
+    assert data.normalise(expected) == expected
 
 
 def test_normalising_twice_changes_nothing_more():
@@ -684,6 +693,7 @@ def test_quotation_marks_that_are_part_of_the_sentences_are_no_quoting(tmp_path,
         '{"text": "a"}',
         '{"audio_filepath": "x.wav"}',
         '{"audio_filepath": "x.wav", "text": null}',
+        '{"audio_filepath": "x.wav", "text": NaN}',  # of pandas, where there is none
         '{"audio_filepath": "x.wav", "text": ["a"]}',
         '{"audio_filepath": {"a": 1}, "text": "a"}',
         '{"audio_filepath": "a\\u0000\\n", "text": "a"}',
@@ -739,6 +749,16 @@ def test_huge_fields_and_an_offset_of_zero_are_no_trouble(tmp_path):
     assert texts_of(write_manifest(tmp_path, ".csv", [], lambda texts: table)) == ["A"]
 
 
+def test_paths_of_windows_of_the_current_folder_and_columns_in_capitals(tmp_path, monkeypatch):
+    speak(tmp_path / "corpus" / "clips" / "x.wav")
+    paths = {"train": "corpus/clips/x.wav", "val": "clips\\x.wav", "test": tmp_path / "corpus/clips/x.wav"}
+    for split, path in paths.items():
+        (tmp_path / "corpus" / f"{split}.csv").write_text(f"Path,Sentence\n{path},a\n")
+    monkeypatch.chdir(tmp_path)
+    corpus = open_corpus("corpus", "asr", subsets={"test": "test.csv, val"})
+    assert [len(split) for split in (corpus.train, corpus.dev, corpus.test)] == [1, 1, 2]
+
+
 def test_common_voice_without_mp3_and_librispeech_with_endings_in_capitals(tmp_path):
     root = make_table(tmp_path / "table")
     for path in root.glob("*.tsv"):
@@ -756,6 +776,10 @@ def test_a_layout_is_known_by_the_subsets_that_are_asked_for(tmp_path):
     os.mkfifo(root / "train.tsv")
     assert open_corpus(root, "asr").kind == "LibriSpeech"
     (root / "train.tsv").unlink()
+    make_table(root, splits=("dev", "test"))  # two of the three
+    assert open_corpus(root, "asr").kind == "LibriSpeech"
+    for name in ("dev", "test"):
+        (root / f"{name}.tsv").unlink()
     make_table(root, splits=("train", "mine"))
     assert open_corpus(root, "asr", splits=("dev", "test")).kind == "LibriSpeech"
     (root / "train.tsv").unlink()
