@@ -416,7 +416,8 @@ def test_every_point_of_the_grid_is_within_reach():
             if point.budget < 1:
                 check_budget(SMALL, point.method, point.budget)
             flags = f"--task {task} --budget {point.budget} {grid.options_of(task, 'all', point)}"
-            assert sslprune.parse(flags.split()).prune_updates == grid.UPDATES["all"][0]
+            times = 2 if point.flags.endswith(grid.TWICE) else 1
+            assert sslprune.parse(flags.split()).prune_updates == times * grid.UPDATES["all"][0]
         assert set(grid.tuning(task)) < set(grid.every_point(task).values())
 
 
@@ -435,11 +436,19 @@ def small_grid(tmp_path, monkeypatch, capsys):
     """A function that calls grid.py in another repository, with one fold and two sets of flags."""
 
     def forked(command, cwd, stdout, stderr, env, check):  # which saves the seconds in which Python starts
-        assert (command[:2], cwd, env["OMP_NUM_THREADS"]) == ([sys.executable, "sslprune.py"], tmp_path, "1")
+        program, arguments = (command[1], command[2:]) if command[1] != "-c" else (command[2], command[3:])
+        assert (command[0], cwd, env["OMP_NUM_THREADS"]) == (sys.executable, tmp_path, "1")
+        assert program in ("sslprune.py", grid.GATES_ALONE)
 
         def work(rank):
             os.chdir(cwd)
-            os._exit(sslprune.main(list(map(str, command[2:]))))  # the threads that Python would wait for are not here
+            if program == grid.GATES_ALONE:
+                sys.argv = ["-c", *map(str, arguments)]
+                try:
+                    exec(program, {})
+                except SystemExit as ended:
+                    os._exit(ended.code)
+            os._exit(sslprune.main(list(map(str, arguments))))  # the threads that Python would wait for are not here
 
         (status,) = as_processes(1, work, stdout.name)
         return SimpleNamespace(returncode=status)
@@ -520,6 +529,35 @@ def test_a_grid_runs_its_points_once(small_grid, tmp_path, monkeypatch):
     status, _, errors = small_grid("slu")
     assert status == 2 and "12, 0 utterances have none, and 12 are in train or dev" in errors
     assert errors.count("\n") == 1
+
+
+def test_remedies_run_after_the_points_and_are_compared_on_dev(small_grid, tmp_path, monkeypatch):
+    sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
+    monkeypatch.setattr(grid, "COMMON", grid.COMMON.replace("--evaluate-updates 0", "--evaluate-updates 6"))
+    status, printed, _ = small_grid("slu", "--remedies")
+    lines = {grid.point_of(line): line for line in grid.read_results(tmp_path / "new" / "results.jsonl")}
+    points = grid.points_of("slu", lines.values())
+    tried = grid.remedies("slu", lines.values())
+    assert status == 0 and f"{len(lines)} of {len(lines)} points" in printed
+    assert lines.keys() == points | set(tried) and set(list(lines)[-len(tried) :]) == set(tried)
+    names = [f"-{which}-{seed}" for seed in (1, 2) for which in ("gates-1", "mac-0.95")]
+    names += ["+twice-dense-1-1", "+twice-mac-0.7-1"]
+    assert [str(p) for p in tried] == [f"0-{tried[0].flags}{name}" for name in names]
+    assert 0.99 < lines[tried[0]]["macs"] < 1 and lines[tried[1]]["macs"] <= 0.95
+    assert [lines[p]["updates"]["prune"] for p in tried] == [6, 6, 6, 6, 12, 12]
+    (history,) = (tmp_path / "runs" / "grid").glob(f"*/{tried[0]}/metrics.jsonl")
+    entries = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [e["multipliers"] for e in entries if (e["phase"], e["update"]) == ("prune", 6)] == [[[0, 0]]]
+    (panel,), _ = curves.read(tmp_path / "new" / "results.jsonl")
+    table = curves.remedies_table([panel]).splitlines()[2:]
+    error = {str(p): 100 * grid.dev_error(line) for p, line in lines.items()}
+    a, b = (error[f"0-{tried[0].flags}-mac-0.95-{seed}"] for seed in (1, 2))
+    less = [ours - error[f"0-{tried[0].flags}-dense-1-{seed}"] for ours, seed in ((a, 1), (b, 2))]
+    change = f"{sum(less) / 2:+.2f} ({less[0]:+.1f}, {less[1]:+.1f})"
+    assert table[1] == f"| slu quarter `mac` 0.95 | {(a + b) / 2:.2f} | {change} |"
+    assert table[2].startswith("| slu quarter dense, twice the updates | ") and table[2].endswith(" |  |")
+    monkeypatch.setattr(curves, "CLAIMS", [])  # whose budgets are not here
+    assert len(table) == 4 and curves.report([panel]).endswith(curves.remedies_table([panel]) + "\n")
 
 
 def test_recognition_begins_with_the_start_of_its_fold(small_grid, tmp_path, monkeypatch):

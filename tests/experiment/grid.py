@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/experiment/grid.py asr quarter tables --results runs/results.jsonl --jobs 2
     .venv/bin/python tests/experiment/grid.py slu quarter tables --results runs/one.jsonl --only 0-1e-3-mac-0.5-0
+    .venv/bin/python tests/experiment/grid.py asr quarter tables --results runs/results.jsonl --jobs 2 --remedies
 
 A task and an amount of data (`all` or `quarter`) have a corpus for each fold, which corpora.py writes. A point is a
 fold, a set of flags, a method, a budget and a seed: a run of sslprune.py on one thread of the CPU, in runs/grid. First
@@ -9,6 +10,7 @@ all sets of flags are tried with seed 0, on the dense model and on `mac` 0.7. Th
 the set that has the fewest errors on dev for the dense model, and those two also with the set that has the fewest for
 `mac` 0.7. Points that --results holds are not run again, and one that Ctrl-C interrupted goes on. A result is a line:
 what the report says, and the errors of each test speaker, from which tests/experiment/curves.py makes intervals.
+--remedies then runs what might make the claim true: twice the updates, gates without a budget, and a budget of 0.95.
 
 Recognition begins with a model that has left CTC's plateau, in tests/experiment/starts. Where it is missing, it is made
 first: the pretrained encoder, trained on the fold's training set without pruning.
@@ -61,6 +63,10 @@ TRIED = {  # the sets of flags: learning rate, speed perturbation, masks
 }
 COMPARED = (("dense", 1.0), ("mac", 0.9), ("mac", 0.7), ("mac", 0.5), ("transformer", 0.7), ("transformer", 0.5))
 TUNED = (("dense", 1.0), ("mac", 0.7))  # for which the flags are chosen
+REMEDIES, TWICE = (("gates", 1.0), ("mac", 0.95)), "+twice"  # the latter behind a set of flags: twice the updates
+# Gates that are sampled, and no penalty: hardening then keeps all but 0.01 % of the MACs.
+GATES_ALONE = "import sys, sslprune; sslprune.Lagrangian.forward = lambda self, *_: 0 * self.multipliers.sum(); "
+GATES_ALONE += "sys.exit(sslprune.main())"
 FEWEST_SPEAKERS = 20  # of test, for intervals over them
 
 
@@ -115,10 +121,23 @@ def points_of(task, results):
     return dict.fromkeys(points).keys()
 
 
+def remedies(task, results):
+    """The points that are judged on dev beside the result, with the best flags for dense; empty before these are known.
+
+    Twice the updates are for the dense model, too, from one seed.
+    """
+    flags, *_ = chosen(task, results) or [None]
+    points = [Point(fold, flags, *which, seed) for seed in SEEDS for which in REMEDIES for fold in FOLDS]
+    longer = [which for which in COMPARED if which[0] != "transformer"]
+    points += [Point(fold, f"{flags}{TWICE}", *which, SEEDS[0]) for which in longer for fold in FOLDS]
+    return points if flags else []
+
+
 def options_of(task, amount, point):
     """The flags of sslprune.py by which points differ from its defaults, but for what the name of a point says."""
-    prune, finetune = UPDATES[amount]
-    return f"{COMMON} --prune-updates {prune} --finetune-updates {finetune} {TRIED[task][point.flags]}"
+    prune, finetune = (n * (2 if point.flags.endswith(TWICE) else 1) for n in UPDATES[amount])
+    flags = TRIED[task][point.flags.removesuffix(TWICE)]
+    return f"{COMMON} --prune-updates {prune} --finetune-updates {finetune} {flags}"
 
 
 def fingerprint(checkpoint, corpus):
@@ -177,9 +196,9 @@ def cpu():
     return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def run(out, *arguments):
+def run(out, *arguments, program=("sslprune.py",)):
     """Run sslprune.py on one thread, or go on with it; False where that failed, and the log says why."""
-    command = [sys.executable, "sslprune.py", "--device", "cpu", "--resume", "--out", out, *arguments]
+    command = [sys.executable, *program, "--device", "cpu", "--resume", "--out", out, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.log", "w") as log:
@@ -222,9 +241,11 @@ class Fold:
         options, inputs = options_of(self.task, self.amount, point), self.inputs
         out = RUNS / f"{self.folder.name}-{inputs}" / str(point)
         seed = len(FOLDS) * point.seed + point.fold  # no two folds begin with the same random numbers
-        own = f"--task {self.task} --budget {point.budget:g} --seed {seed}"
+        gates_alone = {"program": ("-c", GATES_ALONE)} if point.method == "gates" else {}
+        own = f"--task {self.task} --budget {0.9999 if gates_alone else point.budget:g} --seed {seed}"
         own += f" --method {point.method}" if point.budget < 1 else ""
-        if not run(out, "--checkpoint", self.start, "--data", self.folder, *own.split(), *options.split()):
+        flags = [*own.split(), *options.split()]
+        if not run(out, "--checkpoint", self.start, "--data", self.folder, *flags, **gates_alone):
             return None
         report = json.loads((out / "report.json").read_text())
         counts, dense = report["expected_counts"] or {}, report["dense"]["shape"]
@@ -297,7 +318,8 @@ def point_of(result):
 
 def every_point(task):
     """{name: Point} of what can be run."""
-    found = itertools.product(FOLDS, TRIED[task], COMPARED, (TUNING_SEED, *SEEDS))
+    flags = [name + end for end in ("", TWICE) for name in TRIED[task]]
+    found = itertools.product(FOLDS, flags, COMPARED + REMEDIES, (TUNING_SEED, *SEEDS))
     return {str(p): p for p in (Point(fold, flags, *which, seed) for fold, flags, which, seed in found)}
 
 
@@ -309,6 +331,7 @@ def main():
     parser.add_argument("tables", type=Path, help="folder of the corpora, as corpora.py writes them")
     parser.add_argument("--results", type=Path, required=True, help="file to add the results to")
     parser.add_argument("--only", action="append", metavar="POINT", help="a point; any number of times")
+    parser.add_argument("--remedies", action="store_true", help="run these, too, which are judged on dev")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time")
     options = parser.parse_args()
     if options.jobs < 1:
@@ -341,7 +364,12 @@ def run_all(options, only):
         if (result["options"], result["inputs"]) != now:
             raise UserError(f"{options.results}: {point} has another start, corpus or flags; name another file")
     failed = set()
-    while todo := [p for p in only or points_of(task, results.values()) if p not in failed | results.keys()]:
+
+    def wanted():
+        more = remedies(task, results.values()) if options.remedies else []
+        return only or [*points_of(task, results.values()), *more]
+
+    while todo := [p for p in wanted() if p not in failed | results.keys()]:
         for point, result in at_a_time(options.jobs, lambda p: folds[p.fold].result(p), todo):
             if result is None:
                 failed.add(point)
@@ -352,8 +380,7 @@ def run_all(options, only):
                 file.write(json.dumps(result) + "\n")
             told = f"dev {dev_error(result):.2%} wrong; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s"
             print(f"{point}: {told}", flush=True)
-    wanted = only or points_of(task, results.values())
-    print(f"{len(results.keys() & set(wanted))} of {len(wanted)} points are in {options.results}")
+    print(f"{len(results.keys() & set(wanted()))} of {len(wanted())} points are in {options.results}")
     return 2 if failed else 0
 
 
