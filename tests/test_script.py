@@ -569,7 +569,7 @@ def test_the_pages_have_no_gaps_and_name_what_exists(capsys):
     flags = r"(?<![\w-])--[a-z]+(?:-[a-z]+)*"
     known = set(re.findall(flags, run(capsys, "--help")[1])) | {
         *"--seconds --nproc-per-node --quick --engines --strings".split(),
-        *"--results --only --jobs --draw-seeds --shm-size --update".split(),
+        *"--results --only --jobs --remedies --draw-seeds --shm-size --update".split(),
     }  # of flops.py, torchrun, the scripts in tests, and Docker
     assert set(re.findall(flags, readme)) <= known
 
