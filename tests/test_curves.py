@@ -224,16 +224,16 @@ def test_the_verdict_follows_from_the_intervals(tmp_path):
     """With the same flags for all, and with flags for `mac` 0.7 with which it is better than that dense."""
     beside = {("dense", 1.0): [22] * 40, ("mac", 0.7): [21] * 40}
     for best, tuned in (
-        ((1, 1), "both with the flags that are best for the former. ASR, a quarter: these are those that"),
-        ((1, 2), "the former. ASR, a quarter: more accurate; each with its own best, worse by"),
+        ((1, 1), "flags that are best for `mac` 0.7. ASR, a quarter: the same are best for dense."),
+        ((1, 2), "flags that are best for `mac` 0.7. ASR, a quarter: more accurate; each with its own best, worse by"),
     ):
         panels, _ = curves.read(written(tmp_path, everything(ERRORS, best, words=100, beside=beside)))
         said = " ".join(curves.verdict(panels).split())
         assert "ASR, a quarter, 20.00 % word errors (of 12,000, by 120 speakers; margin 1.00 points). -" in said
         assert tuned in said
-        assert "to 30 % less. ASR, a quarter: shown at 0.9 (0.9 more accurate, 0.7 not told apart). -" in said
-        assert "with 50 % less. ASR, a quarter: shown at 0.5 (0.5 worse by less than the margin). -" in said
-        assert "`transformer`. ASR, a quarter: shown at 0.7 (0.7 more accurate, 0.5 not told apart). -" in said
+        assert "to 30 % fewer MACs. ASR, a quarter: shown at 0.9 (0.9 more accurate, 0.7 not told apart). -" in said
+        assert "with 50 % fewer MACs. ASR, a quarter: shown at 0.5 (0.5 worse by less than the margin). -" in said
+        assert "with as many MACs. ASR, a quarter: shown at 0.7 (0.7 more accurate, 0.5 not told apart). -" in said
         assert len(curves.table(panels).splitlines()) == 2 + 6 + 2 * (best[0] != best[1])
 
 
@@ -263,6 +263,30 @@ def test_a_margin_holds_for_both_dense_models_and_all_budgets_refute(tmp_path):
     said = " ".join(curves.verdict([panel]).split())
     assert "ASR, a quarter: refuted (0.9 worse, 0.7 worse). -" in said
     assert "ASR, a quarter: worse by less than the margin; each with its own best, worse." in said
+
+
+@pytest.mark.parametrize(
+    ("mac", "says"),  # of `mac` 0.9, 0.7 and 0.5: the ends of their intervals less dense, in points; the margin is 1
+    [
+        ((0.3, 0.9), "fewer MACs. ASR, a quarter: refuted (0.9 worse by less than the margin, 0.7 worse by less than"),
+        ((0.3, 1.2), "with 50 % fewer MACs. ASR, a quarter: not shown (0.5 worse)."),
+        ((1.1, 1.9), "with 50 % fewer MACs. ASR, a quarter: refuted (0.5 worse)."),
+        ((-0.1, 1.2), "with 10 to 30 % fewer MACs. ASR, a quarter: not shown (0.9 not told apart,"),
+    ],
+)
+def test_a_part_is_refuted_by_intervals_above_what_it_allows(tmp_path, monkeypatch, mac, says):
+    (panel,), _ = curves.read(written(tmp_path, everything(ERRORS, words=100)))
+    monkeypatch.setattr(panel, "difference", lambda *_: (np.mean(mac) / 100, mac[0] / 100, mac[1] / 100))
+    assert panel.margin == pytest.approx(0.01) and says in " ".join(curves.verdict([panel]).split())
+
+
+def test_a_report_says_what_made_its_runs(tmp_path):
+    lines = everything(ERRORS, words=100)
+    lines[-1] |= {"code": "89abcdef"}
+    (panel,), _ = curves.read(written(tmp_path, lines))
+    said = " ".join(curves.report([panel]).split())
+    assert f"ASR, a quarter: {len(lines)} runs (a CPU, code 4567cdef; a CPU, code 89abcdef); the standard" in said
+    assert f"runs of a fold is {100 * math.sqrt(panel.between_runs):.2f} points." in said
 
 
 def test_nothing_is_said_before_all_points_are_there(tmp_path, monkeypatch, capsys):
@@ -457,6 +481,7 @@ def small_grid(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(grid, "RUNS", tmp_path / "runs" / "grid")
     monkeypatch.setattr(grid, "PRETRAINED", tmp_path / "tiny.pt")
     monkeypatch.setattr(grid, "STARTS", tmp_path / "starts")
+    monkeypatch.setattr(grid, "PUBLISHED", tmp_path / "published.jsonl")
     monkeypatch.setattr(grid.subprocess, "run", forked)
     monkeypatch.setattr(grid, "COMMON", "--batch-seconds 5 --gate-lr 1 --dense-updates 0 --evaluate-updates 0")
     monkeypatch.setattr(grid, "UPDATES", {"quarter": (6, 1)})
@@ -514,6 +539,10 @@ def test_a_grid_runs_its_points_once(small_grid, tmp_path, monkeypatch):
     small_grid("slu", "--only", "0-fast-mac-0.7-0", results="gathered.jsonl")  # from its folder, and not run again
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("model.pt")} == made
     assert grid.read_results(tmp_path / "new" / "gathered.jsonl") == lines[:1]
+    for change, says in (({}, "nothing"), ({"seconds": -1, "code": "0"}, "seconds, code")):
+        (tmp_path / "published.jsonl").write_text(json.dumps(lines[0] | change))
+        printed = small_grid("slu", "--only", "0-fast-mac-0.7-0", results=f"{says}.jsonl")[1]
+        assert f" s; published.jsonl has other {says}\n" in printed
     monkeypatch.setattr(grid, "COMPARED", (*grid.COMPARED, ("mac", 0.01), ("mac", 0.9)))  # one is out of reach
     status, printed, errors = small_grid("slu")
     assert status == 2 and errors.count("has failed; the end of its log in ") == 2
@@ -534,30 +563,39 @@ def test_a_grid_runs_its_points_once(small_grid, tmp_path, monkeypatch):
 def test_remedies_run_after_the_points_and_are_compared_on_dev(small_grid, tmp_path, monkeypatch):
     sslprune.save_model(sslprune.SpeechModel(tiny(), "slu", ["frage", "gruß"]), tmp_path / "tiny.pt")
     monkeypatch.setattr(grid, "COMMON", grid.COMMON.replace("--evaluate-updates 0", "--evaluate-updates 6"))
+    monkeypatch.setattr(grid, "CONTROL", ("mac", 0.8))  # what the tiny model reaches
     status, printed, _ = small_grid("slu", "--remedies")
     lines = {grid.point_of(line): line for line in grid.read_results(tmp_path / "new" / "results.jsonl")}
     points = grid.points_of("slu", lines.values())
     tried = grid.remedies("slu", lines.values())
     assert status == 0 and f"{len(lines)} of {len(lines)} points" in printed
     assert lines.keys() == points | set(tried) and set(list(lines)[-len(tried) :]) == set(tried)
-    names = [f"-{which}-{seed}" for seed in (1, 2) for which in ("gates-1", "mac-0.95")]
+    names = [f"-{which}-{seed}" for seed in (1, 2) for which in ("gates-1", "mac-0.95", "mac-0.8")]
     names += ["+twice-dense-1-1", "+twice-mac-0.7-1"]
     assert [str(p) for p in tried] == [f"0-{tried[0].flags}{name}" for name in names]
     assert 0.99 < lines[tried[0]]["macs"] < 1 and lines[tried[1]]["macs"] <= 0.95
-    assert [lines[p]["updates"]["prune"] for p in tried] == [6, 6, 6, 6, 12, 12]
+    assert [lines[p]["updates"]["prune"] for p in tried] == [6, 6, 6, 6, 6, 6, 12, 12]
     (history,) = (tmp_path / "runs" / "grid").glob(f"*/{tried[0]}/metrics.jsonl")
     entries = [json.loads(line) for line in history.read_text().splitlines()]
     assert [e["multipliers"] for e in entries if (e["phase"], e["update"]) == ("prune", 6)] == [[[0, 0]]]
     (panel,), _ = curves.read(tmp_path / "new" / "results.jsonl")
-    table = curves.remedies_table([panel]).splitlines()[2:]
+    table = {row.split(" | ")[0]: row for row in curves.remedies_table([panel]).splitlines()[2:]}
     error = {str(p): 100 * grid.dev_error(line) for p, line in lines.items()}
     a, b = (error[f"0-{tried[0].flags}-mac-0.95-{seed}"] for seed in (1, 2))
     less = [ours - error[f"0-{tried[0].flags}-dense-1-{seed}"] for ours, seed in ((a, 1), (b, 2))]
     change = f"{sum(less) / 2:+.2f} ({less[0]:+.1f}, {less[1]:+.1f})"
-    assert table[1] == f"| slu quarter `mac` 0.95 | {(a + b) / 2:.2f} | {change} |"
-    assert table[2].startswith("| slu quarter dense, twice the updates | ") and table[2].endswith(" |  |")
+    name = "| slu quarter `mac` 0.95"
+    assert table[name] == f"{name} | {(a + b) / 2:.2f} | {change} |  |"
+    name, each = "| slu quarter dense, twice the updates", f"0-{tried[0].flags}"
+    longer = error[f"{each}+twice-dense-1-1"] - error[f"{each}-dense-1-1"]
+    assert table[name].endswith(f" |  | {longer:+.2f} ({longer:+.1f}) |")
+    kept = ["dense", "`mac` 0.7", "gates", "`mac` 0.95", "`mac` 0.8"]
+    kept += ["dense, twice the updates", "`mac` 0.7, twice the updates"]
+    assert table.keys() == {f"| slu quarter {name}" for name in kept}
     monkeypatch.setattr(curves, "CLAIMS", [])  # whose budgets are not here
-    assert len(table) == 4 and curves.report([panel]).endswith(curves.remedies_table([panel]) + "\n")
+    assert curves.report([panel]).endswith(curves.remedies_table([panel]) + "\n")
+    del panel.results[grid.Point(0, tried[0].flags, "gates", 1.0, 2)]
+    assert "gates" not in curves.remedies_table([panel]) and "`mac` 0.95" in curves.remedies_table([panel])
 
 
 def test_recognition_begins_with_the_start_of_its_fold(small_grid, tmp_path, monkeypatch):

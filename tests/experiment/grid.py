@@ -1,7 +1,7 @@
 """Runs the experiment: one model, pruned by each method to each budget, in three folds, from two seeds.
 
     .venv/bin/python tests/experiment/grid.py asr quarter tables --results runs/results.jsonl --jobs 2
-    .venv/bin/python tests/experiment/grid.py slu quarter tables --results runs/one.jsonl --only 0-1e-3-mac-0.5-0
+    .venv/bin/python tests/experiment/grid.py slu quarter tables --results runs/one.jsonl --only 0-1e-3+speed-mac-0.5-1
     .venv/bin/python tests/experiment/grid.py asr quarter tables --results runs/results.jsonl --jobs 2 --remedies
 
 A task and an amount of data (`all` or `quarter`) have a corpus for each fold, which corpora.py writes. A point is a
@@ -10,7 +10,9 @@ all sets of flags are tried with seed 0, on the dense model and on `mac` 0.7. Th
 the set that has the fewest errors on dev for the dense model, and those two also with the set that has the fewest for
 `mac` 0.7. Points that --results holds are not run again, and one that Ctrl-C interrupted goes on. A result is a line:
 what the report says, and the errors of each test speaker, from which tests/experiment/curves.py makes intervals.
---remedies then runs what might make the claim true: twice the updates, gates without a budget, and a budget of 0.95.
+Where tests/experiment/results.jsonl has a line of the same point, the fields that differ are named.
+--remedies then runs what might make the claim true, to be judged on dev: twice the updates, gates without a budget, and
+a budget of 0.95; and a budget of 0.2, which ought to do harm, so that one sees whether this corpus can show harm.
 
 Recognition begins with a model that has left CTC's plateau, in tests/experiment/starts. Where it is missing, it is made
 first: the pretrained encoder, trained on the fold's training set without pruning.
@@ -40,6 +42,7 @@ from sslprune import torch_bytes, write  # noqa: E402
 
 RUNS = ROOT / "runs" / "grid"
 PRETRAINED, STARTS = ROOT / "tests" / "experiment" / "pretrained", ROOT / "tests" / "experiment" / "starts"
+PUBLISHED = ROOT / "tests" / "experiment" / "results.jsonl"
 FOLDS, TUNING_SEED, SEEDS = range(3), 0, (1, 2)
 UPDATES = {"all": (1200, 800), "quarter": (720, 480)}  # of pruning and of fine-tuning; the same for all points
 START_UPDATES = {"all": 2000, "quarter": 1000}
@@ -63,7 +66,8 @@ TRIED = {  # the sets of flags: learning rate, speed perturbation, masks
 }
 COMPARED = (("dense", 1.0), ("mac", 0.9), ("mac", 0.7), ("mac", 0.5), ("transformer", 0.7), ("transformer", 0.5))
 TUNED = (("dense", 1.0), ("mac", 0.7))  # for which the flags are chosen
-REMEDIES, TWICE = (("gates", 1.0), ("mac", 0.95)), "+twice"  # the latter behind a set of flags: twice the updates
+REMEDIES, CONTROL = (("gates", 1.0), ("mac", 0.95)), ("mac", 0.2)
+TWICE = "+twice"  # behind the name of a set of flags: twice the updates
 # Gates that are sampled, and no penalty: hardening then keeps all but 0.01 % of the MACs.
 GATES_ALONE = "import sys, sslprune; sslprune.Lagrangian.forward = lambda self, *_: 0 * self.multipliers.sum(); "
 GATES_ALONE += "sys.exit(sslprune.main())"
@@ -124,10 +128,10 @@ def points_of(task, results):
 def remedies(task, results):
     """The points that are judged on dev beside the result, with the best flags for dense; empty before these are known.
 
-    Twice the updates are for the dense model, too, from one seed.
+    Twice the updates are for dense and `mac`, from one seed.
     """
     flags, *_ = chosen(task, results) or [None]
-    points = [Point(fold, flags, *which, seed) for seed in SEEDS for which in REMEDIES for fold in FOLDS]
+    points = [Point(fold, flags, *which, seed) for seed in SEEDS for which in (*REMEDIES, CONTROL) for fold in FOLDS]
     longer = [which for which in COMPARED if which[0] != "transformer"]
     points += [Point(fold, f"{flags}{TWICE}", *which, SEEDS[0]) for which in longer for fold in FOLDS]
     return points if flags else []
@@ -181,8 +185,9 @@ def errors_of(task, rows, speakers):
     return dict(sorted(found.items())), each
 
 
+@functools.cache
 def code():
-    """A few hexadecimals that tell the program's six modules from other versions."""
+    """A few hexadecimals that tell the program's six modules, as they were at first, from other versions."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))).hexdigest()[:8]
 
 
@@ -239,7 +244,7 @@ class Fold:
     def result(self, point):
         """Run a point, or go on with it, and return its result; None where that failed."""
         options, inputs = options_of(self.task, self.amount, point), self.inputs
-        out = RUNS / f"{self.folder.name}-{inputs}" / str(point)
+        out = RUNS / f"{self.folder.name}-{inputs}-{code()}" / str(point)
         seed = len(FOLDS) * point.seed + point.fold  # no two folds begin with the same random numbers
         gates_alone = {"program": ("-c", GATES_ALONE)} if point.method == "gates" else {}
         own = f"--task {self.task} --budget {0.9999 if gates_alone else point.budget:g} --seed {seed}"
@@ -319,7 +324,7 @@ def point_of(result):
 def every_point(task):
     """{name: Point} of what can be run."""
     flags = [name + end for end in ("", TWICE) for name in TRIED[task]]
-    found = itertools.product(FOLDS, flags, COMPARED + REMEDIES, (TUNING_SEED, *SEEDS))
+    found = itertools.product(FOLDS, flags, (*COMPARED, *REMEDIES, CONTROL), (TUNING_SEED, *SEEDS))
     return {str(p): p for p in (Point(fold, flags, *which, seed) for fold, flags, which, seed in found)}
 
 
@@ -331,7 +336,7 @@ def main():
     parser.add_argument("tables", type=Path, help="folder of the corpora, as corpora.py writes them")
     parser.add_argument("--results", type=Path, required=True, help="file to add the results to")
     parser.add_argument("--only", action="append", metavar="POINT", help="a point; any number of times")
-    parser.add_argument("--remedies", action="store_true", help="run these, too, which are judged on dev")
+    parser.add_argument("--remedies", action="store_true", help="run these, too, and the control; dev judges them")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="points at a time")
     options = parser.parse_args()
     if options.jobs < 1:
@@ -363,6 +368,7 @@ def run_all(options, only):
         now = options_of(task, amount, point), folds[point.fold].inputs if point.fold in folds else result["inputs"]
         if (result["options"], result["inputs"]) != now:
             raise UserError(f"{options.results}: {point} has another start, corpus or flags; name another file")
+    published = {point_of(r): r for r in read_results(PUBLISHED) if (r["task"], r["amount"]) == (task, amount)}
     failed = set()
 
     def wanted():
@@ -379,6 +385,9 @@ def run_all(options, only):
             with open(options.results, "a") as file:
                 file.write(json.dumps(result) + "\n")
             told = f"dev {dev_error(result):.2%} wrong; {result['macs']:.1%} of the MACs; {result['seconds']:.0f} s"
+            if point in published:
+                differing = [field for field, value in result.items() if value != published[point].get(field)]
+                told += f"; {PUBLISHED.name} has other {', '.join(differing) or 'nothing'}"
             print(f"{point}: {told}", flush=True)
     print(f"{len(results.keys() & set(wanted()))} of {len(wanted())} points are in {options.results}")
     return 2 if failed else 0
