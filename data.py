@@ -239,15 +239,13 @@ def encode(text, outputs):
     return torch.tensor([outputs[SPACE if character == " " else character] for character in text])
 
 
-def is_mark(label):
-    """Whether an output stands for no sound: <pad>, which is CTC's blank, <s>, [UNK] and the like."""
-    return re.fullmatch(r"<.+>|\[.+\]", label) is not None
+MARK = re.compile(r"<.+>|\[.+\]")  # an output that stands for no sound: <pad>, which is CTC's blank, <s>, [UNK]
 
 
 def decode(outputs, labels):
     """Greedy CTC decoding of the best outputs (frames,) int: without repeats, blanks and marks."""
     best = [labels[output] for output in torch.unique_consecutive(outputs).tolist() if output]
-    spelled = [" " if label == SPACE else label for label in best if not is_mark(label)]
+    spelled = [" " if label == SPACE else label for label in best if not MARK.fullmatch(label)]
     return " ".join("".join(spelled).replace("\u2581", " ").split())  # U+2581 begins a word in vocabularies of pieces
 
 

@@ -27,30 +27,22 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """Everything that a model's size depends on. Counts are integers, or 0-dimensional tensors when expected.
+    """Everything that a model's size depends on. Counts are integers, or 0-dimensional tensors when expected."""
 
-    channels, kernels, strides: output channels, kernel width and stride of each convolution of the frontend.
-    width, head_width: features of the residual stream, and of one attention head.
-    heads, units: attention heads and feed-forward units of each Transformer layer; both may be 0.
-    position_kernel, position_groups: the positional convolution's.
-    layer_norms: whether LayerNorms stand behind each convolution and before each attention and feed-forward, as in the
-    large models. In base, they stand behind attention and feed-forward, and a GroupNorm behind the first convolution.
-    conv_bias: whether the convolutions of a large model have biases.
-    buckets, max_distance: of WavLM's relative positions; 0 where there are none.
-    """
-
-    channels: tuple
-    kernels: tuple
+    channels: tuple  # that each convolution of the frontend puts out
+    kernels: tuple  # and its width
     strides: tuple
-    width: int
-    head_width: int
-    heads: tuple
-    units: tuple
-    position_kernel: int
+    width: int  # features of the residual stream
+    head_width: int  # features of one attention head
+    heads: tuple  # of each Transformer layer; may be 0
+    units: tuple  # of each layer's feed-forward part; may be 0
+    position_kernel: int  # of the positional convolution
     position_groups: int
+    # Whether LayerNorms stand behind each convolution and before each attention and feed-forward, as in large models.
+    # In base, they stand behind attention and feed-forward, and a GroupNorm behind the first convolution.
     layer_norms: bool = False
-    conv_bias: bool = False
-    buckets: int = 0
+    conv_bias: bool = False  # whether the convolutions of a large model have biases
+    buckets: int = 0  # of WavLM's relative positions; 0 where there are none
     max_distance: int = 0
 
     def frames(self, samples):
@@ -124,36 +116,20 @@ class Part(NamedTuple):
     params: Any
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What `cost` returns: a `Part` for each part of the model, and the totals `macs` and `params`."""
+class Cost(NamedTuple):
+    """What `cost` returns: a `Part` for each part of the model, and the totals."""
 
-    convolutions: tuple  # a Part per convolution of the frontend
+    convolutions: list  # a Part per convolution of the frontend
+    frontend: Part  # the sum of these
     projection: Part
     position: Part
     attention_linear: Part  # query, key, value and output maps of all layers
     attention_product: Part  # Q K^T and A V of all layers
+    attention: Part  # the sum of these two
     ffn: Part
-
-    @property
-    def frontend(self):
-        return Part(*map(sum, zip(*self.convolutions)))
-
-    @property
-    def attention(self):
-        return Part(*map(sum, zip(self.attention_linear, self.attention_product)))
-
-    @property
-    def total(self):
-        return Part(*map(sum, zip(self.frontend, self.projection, self.position, self.attention, self.ffn)))
-
-    @property
-    def macs(self):
-        return self.total.macs
-
-    @property
-    def params(self):
-        return self.total.params
+    total: Part
+    macs: Any  # the total's
+    params: Any
 
 
 def cost(shape, samples):
@@ -195,7 +171,11 @@ def cost(shape, samples):
     attention_product = Part(2 * frames * frames * features, 0)
     units = sum(shape.units)
     ffn = Part(2 * frames * width * units, (2 * width + 1) * units + biases_and_norms)
-    return Cost(tuple(convolutions), projection, position, attention_linear, attention_product, ffn)
+    frontend = Part(*map(sum, zip(*convolutions)))
+    attention = Part(*map(sum, zip(attention_linear, attention_product)))
+    total = Part(*map(sum, zip(frontend, projection, position, attention, ffn)))
+    parts = convolutions, frontend, projection, position, attention_linear, attention_product, attention, ffn, total
+    return Cost(*parts, *total)
 
 
 def table(shape, seconds=SECONDS):

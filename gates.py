@@ -37,6 +37,7 @@ TOLERANCE = 0.002  # of the dense cost, which hardening may leave unused for the
 # Units are kept in groups of so many, as odd sizes run slower (README, Speed): a register of AVX-512 holds 16 floats,
 # and a convolution works on two registers at a time. A layer whose size is not a multiple uses half the group size.
 ALIGN = {"units": 16, "heads": 1, "channels": 32}  # the finest kind first
+FEWEST = {"units": 0, "heads": 0, "channels": 1}  # that must stay in a layer
 
 
 class HardConcrete(nn.Module):
@@ -117,18 +118,12 @@ def check_budget(shape, method, budget):
     dense = cost(shape, SAMPLES)
     for constraint in METHODS[method]:
         places = [(kind, layer) for kind in constraint.kinds for layer in range(len(getattr(shape, kind)))]
-        smallest = shape.with_counts({place: fewest(place) for place in places})
+        smallest = shape.with_counts({place: FEWEST[place[0]] for place in places})
         floor = constraint.measure(cost(smallest, SAMPLES)) / constraint.measure(dense)
         if budget < floor:
-            raise UserError(
-                f"budget {budget:g} is out of reach: method {method} cannot bring the {constraint.name} under"
-                f" {math.ceil(floor * 1e4) / 1e4:.4f} of the dense model's; give a larger --budget or another --method"
-            )
-
-
-def fewest(place):
-    """How many units must stay in a place: a channel in each convolution; a layer may lose all its heads or units."""
-    return 1 if place[0] == "channels" else 0
+            limit = f"bring the {constraint.name} under {math.ceil(floor * 1e4) / 1e4:.4f} of the dense model's"
+            what = f"budget {budget:g} is out of reach: method {method} cannot {limit}"
+            raise UserError(f"{what}; give a larger --budget or another --method")
 
 
 def expected_shape(shape, gates):
@@ -173,7 +168,7 @@ def harden(gates, shape, method, budget, ragged=False):
     dense, kept = cost(shape, SAMPLES), {}
     for constraint in METHODS[method]:
         governed = {place: gate for place, gate in gates.items() if place[0] in constraint.kinds}
-        kept |= {place: fewest(place) for place in governed}
+        kept |= {place: FEWEST[place[0]] for place in governed}
 
         def unused(counts, constraint=constraint):  # bind the constraint now: the loop variable changes
             now = cost(shape.with_counts(kept | counts), SAMPLES)
@@ -211,10 +206,8 @@ def groups(gates, ragged):
     """
     ranked = []
     for place, gate in gates.items():
-        scores = gate.log_alpha.sort(descending=True).values.tolist()
+        scores = gate.log_alpha.sort(descending=True).values
         align = 1 if ragged else ALIGN[place[0]]
         size = align if len(scores) % align == 0 else max(1, align // 2)
-        for start in range(0, len(scores), size):
-            group = scores[start : start + size]
-            ranked.append((group[len(group) // 2], place, size))
+        ranked += [(group[len(group) // 2].item(), place, size) for group in scores.split(size)]
     return [(place, size) for _, place, size in sorted(ranked, key=lambda group: -group[0])]

@@ -119,7 +119,7 @@ def prune_for_task(run):
         train(run)
         run.head_is_trained = True
         if run.lagrangian:
-            run.expected, run.expected_counts = run.kept(), run.kept_counts()
+            run.expected, run.expected_counts = run.kept()
             warn_unless_converged(options, run.expected)
             harden(model.encoder.gates, run.start, options.method, options.budget, options.ragged)
             model.encoder = model.encoder.slice()
@@ -186,10 +186,8 @@ def step(run, losses):
     run.left_out_in_a_row += 1
     log.warning("update %d left out: loss %g, norms of gradients %g and %g", run.update, loss, *norms)
     if run.left_out_in_a_row == IN_A_ROW:
-        raise UserError(
-            f"{IN_A_ROW} updates in a row had no finite loss or gradient (loss {loss:g}, gradient {norms[0]:g});"
-            f" start anew with a smaller --{run.phase}-lr or --gate-lr, or with --dtype float32"
-        )
+        what = f"{IN_A_ROW} updates in a row had no finite loss or gradient (loss {loss:g}, gradient {norms[0]:g})"
+        raise UserError(f"{what}; start anew with a smaller --{run.phase}-lr or --gate-lr, or with --dtype float32")
     return due
 
 
@@ -232,10 +230,9 @@ def warn_unless_converged(options, expected):
     for constraint, kept in zip(METHODS[options.method], expected):
         if abs(kept - options.budget) > CONVERGED:
             then = "shuts what training kept" if kept > options.budget else "keeps what training shut"
-            log.warning(
-                "the constraint has not converged: %.3f of the %s are expected to be kept, not %g, and hardening %s."
-                " Give more --prune-updates, or a larger --gate-lr", kept, constraint.name, options.budget, then,
-            )  # fmt: skip
+            what = f"{kept:.3f} of the {constraint.name} are expected to be kept, not {options.budget:g}"
+            more = "Give more --prune-updates, or a larger --gate-lr"
+            log.warning("the constraint has not converged: %s, and hardening %s. %s", what, then, more)
 
 
 # --- Watching and evaluating ---------------------------------------------------------------------------------------
@@ -261,7 +258,7 @@ def watch(run, save_is_due=False):
 
 def record(run, dev=None):
     """Say where training is. dev: metrics on the dev split, which also make a line of metrics.jsonl."""
-    metric, kept = METRICS[run.options.task], run.kept()
+    metric, (kept, _) = METRICS[run.options.task], run.kept()
     loss = statistics.fmean(run.losses) if run.losses else None  # of the updates since the last line of metrics.jsonl
     words = [run.place, run.countdown.left(run.update), "" if loss is None else f"loss {loss:.3f}"]
     if run.lagrangian:
@@ -555,16 +552,12 @@ class Run:
 
     @torch.no_grad()
     def kept(self):
-        """The fraction of each constrained cost that the model has now, in expectation where it has gates."""
-        encoder = self.model.encoder
-        now, start = (cost(s, SAMPLES) for s in (expected_shape(encoder.tensor_shape, encoder.gates), self.start))
-        return [float(c.measure(now) / c.measure(start)) for c in METHODS[self.options.method]]
-
-    @torch.no_grad()
-    def kept_counts(self):
-        """How many units gates are expected to keep, {"channels": [in each layer], "heads": ..., "units": ...}."""
-        shape = vars(expected_shape(self.model.encoder.tensor_shape, self.model.encoder.gates))
-        return {kind: [round(float(count), 1) for count in shape[kind]] for kind in ("channels", "heads", "units")}
+        """What is kept, in expectation where gates are: parts of the constrained costs, {kind: [units by layer]}."""
+        shape = expected_shape(self.model.encoder.tensor_shape, self.model.encoder.gates)
+        now, start = cost(shape, SAMPLES), cost(self.start, SAMPLES)
+        fractions = [float(c.measure(now) / c.measure(start)) for c in METHODS[self.options.method]]
+        kinds = ("channels", "heads", "units")
+        return fractions, {kind: [round(float(count), 1) for count in getattr(shape, kind)] for kind in kinds}
 
     def begin(self, phase):
         """Let the next phase begin."""
@@ -610,7 +603,7 @@ class Run:
         kinds = KINDS[options.method] if state["multipliers"] is not None else ()
         model = read_ours(state["model"], out / STATE).model(kinds)
         parts = {"options": options, "out": out, "corpus": corpus, "device": device, "model": model}
-        run = cls(**parts, digest=state["digest"], **state["run"])
+        run = cls(**parts, digest=state["digest"], saved=time.monotonic(), **state["run"])
         for reason in state["skipped"]:
             corpus.skipped.setdefault(reason, False)
         if kinds:
@@ -619,7 +612,6 @@ class Run:
         if state["optimizer"]:
             run.optimizer = make_optimizer(model, run.lagrangian, options.gate_lr)
             run.optimizer.load_state_dict(state["optimizer"])
-        run.saved = time.monotonic()
         cpu, cuda = state["random"][rank()]
         torch.set_rng_state(cpu)
         if cuda is not None and device.type == "cuda":
@@ -830,9 +822,8 @@ def alone(run):
             run.out.mkdir(parents=True, exist_ok=True)
             lock(run.out, at_end)
             digest = None
-            if (run.out / STATE).exists():
-                with open(run.out / STATE, "rb") as file:
-                    digest = file.read(32)
+            with contextlib.suppress(FileNotFoundError), open(run.out / STATE, "rb") as file:
+                digest = file.read(32)
             if digest != run.digest:
                 raise UserError(f"{run.out}: another run has just written to it; give another --out, or --resume")
         if run.saved is None:
@@ -880,10 +871,9 @@ def processes(device):
             log.setLevel(logging.ERROR)
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if not dist.is_initialized() and os.environ.get(name, "1") not in ("", "0", "1"):
-            raise UserError(
-                f"{name} is {os.environ[name]}, and without RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT each task"
-                " would train everything; start them by torchrun, set these for each task, or ask for one task"
-            )
+            each = f"{name} is {os.environ[name]}, and without RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT each task"
+            more = "start them by torchrun, set these for each task, or ask for one task"
+            raise UserError(f"{each} would train everything; {more}")
     try:
         yield
         gather(None)  # so that none ends while the first still writes
@@ -909,10 +899,8 @@ def together():
         yield
     except RuntimeError as error:
         why = re.sub(r"^\[.*?\] *", "", str(error).splitlines()[0]).split(". ")[0]  # without the place in gloo's source
-        raise UserError(
-            f"the processes of this run could not agree ({why}): where another process has ended, it says why;"
-            " the same command with --resume goes on"
-        ) from error
+        what = f"the processes of this run could not agree ({why}): where another process has ended, it says why"
+        raise UserError(f"{what}; the same command with --resume goes on") from error
 
 
 def gather(item):
@@ -942,12 +930,12 @@ def share_skipped(corpus):
 
 
 def train_and_prune(options):
-    """All of a run, from the options to the report; returns the exit status."""
+    """All of a run, from the options to the report."""
     device = usable_device(options.device)
     with processes(device):
         run = prepare(options, device)
         if run is None:
-            return 0
+            return
         with alone(run):
             introduce(run)
             try:
@@ -956,7 +944,6 @@ def train_and_prune(options):
                 why, status = stopped.args
                 run.save()
                 raise Stopped(f"{why} (at {run.place}; the same command with --resume goes on)", status) from None
-    return 0
 
 
 def prepare(options, device):
@@ -1019,22 +1006,17 @@ def fill_recipe(options, shape, trained):
     A small checkpoint has no dense phase, even where its head is new: at equal updates, one made recognition worse and
     understanding no better (README). Nobody has measured this for base.
     """
-    recipe, small = dict(RECIPES["base"]), shape.width < BASE.width
-    if small:
-        recipe = RECIPES["small"] | (SMALL_SLU if options.task == "slu" else {})
+    small = shape.width < BASE.width
+    recipe = RECIPES["small" if small else "base"] | (SMALL_SLU if small and options.task == "slu" else {})
     if trained or small and options.checkpoint is not None:
         recipe["dense_updates"] = 0
-    for name, value in recipe.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    vars(options).update({name: value for name, value in recipe.items() if getattr(options, name) is None})
 
 
 def model_to_prune(options, checkpoint, corpus):
     """A SpeechModel, with the checkpoint's encoder where there is one, and whether its head is trained for the task."""
-    if options.task == "asr":
-        labels = data.vocabulary(u.text for u in corpus.train)
-    else:
-        labels = sorted({u.intent for u in corpus.train})
+    asr, train = options.task == "asr", corpus.train
+    labels = data.vocabulary(u.text for u in train) if asr else sorted({u.intent for u in train})
     if checkpoint is None or checkpoint.task != options.task:
         if checkpoint:
             what = f"its head for {checkpoint.task} is left out" if checkpoint.task else "has no head for a task"
@@ -1042,8 +1024,7 @@ def model_to_prune(options, checkpoint, corpus):
         encoder = checkpoint.encoder() if checkpoint else Wav2Vec2(SMALL)
         return SpeechModel(encoder, options.task, labels, options.raw_text), False
     model = checkpoint.model(raw_text=options.raw_text)
-    new = [label for label in labels if label not in model.outputs]
-    if new:
+    if new := [label for label in labels if label not in model.outputs]:
         log.info("%s: its head had no output for %s; they are added", options.checkpoint, " ".join(new))
         model.add_labels(new)
     return model, True
@@ -1075,7 +1056,7 @@ def usable_device(name):
 
 
 def predict(options):
-    """Print a line for each recording, also where others cannot be read."""
+    """Print a line for each recording, also where others cannot be read; returns the exit status."""
     path, *files = options.predict
     model, failed = load_to_use(path, options), []
     for file, result in zip(files, model.recognise(files)):
@@ -1098,7 +1079,6 @@ def evaluate_model(options):
     for split in (split for split in SPLITS if getattr(corpus, split)):
         metrics, _ = evaluate(model, corpus, split, batch_seconds, options.workers)
         print(f"{options.data}: {in_words({split: metrics})}", flush=True)
-    return 0
 
 
 def load_to_use(path, options):
@@ -1113,7 +1093,6 @@ def describe(options):
     """Print the costs of a model on 10 s of audio, and what each of its layers kept."""
     encoder = read_checkpoint(options.describe).encoder()
     print(table(encoder.shape), picture(encoder.shape, encoder.dense), sep="\n\n")
-    return 0
 
 
 def export(options):
@@ -1127,7 +1106,6 @@ def export(options):
     model, buffer = load(path), io.BytesIO()
     torch.export.save(exported(model), buffer, extra_files={"labels.json": json.dumps(model.labels)})
     write(out, buffer.getbuffer())
-    return 0
 
 
 # Other than a run: the function, and the flags that it uses.
@@ -1239,7 +1217,7 @@ def main(arguments=None):
     logging.raiseExceptions = False  # where nobody reads stdout any more, a run goes on, and log.txt has what it says
     try:
         commands = [function for name, (function, _) in COMMANDS.items() if getattr(options, name) is not None]
-        status = (commands or [train_and_prune])[0](options)
+        status = (commands or [train_and_prune])[0](options) or 0
         print(end="", flush=True)
         return status
     except BrokenPipeError:  # `| head` has read enough: Python is not to say so as it ends

@@ -10,11 +10,9 @@ here: quantizers and the losses of pre-training.
 import collections
 import contextlib
 import copy
-import io
 import json
 import logging
 import math
-import operator
 import os
 import pickle
 import pickletools
@@ -94,10 +92,8 @@ class Attention(nn.Module):
         """x: (batch, frames, width) -> the same. mask: (batch, 1, 1, frames) bool, true for a valid key, or None."""
         if not self.heads:
             return self.output(x)
-        q, k, v = (
-            layer(x).unflatten(2, (self.heads, self.head_width)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
+        layers = self.query, self.key, self.value
+        q, k, v = (layer(x).unflatten(2, (self.heads, self.head_width)).transpose(1, 2) for layer in layers)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
         if self.gate is not None:
             y = y * self.gate()[:, None, None].type_as(y)
@@ -186,27 +182,21 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One post-norm Transformer block. attention: an Attention, or another module that takes and returns the same."""
+    """One Transformer block. attention: an Attention, or another module that takes and returns the same."""
 
-    def __init__(self, attention, width, units, dropout):
+    def __init__(self, attention, width, units, dropout, pre_norm):
         super().__init__()
         self.attention, self.attention_norm = attention, nn.LayerNorm(width)
         self.ffn, self.ffn_norm = FeedForward(width, units, dropout), nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
 
     def forward(self, x, *mask):
         """x: (batch, frames, width) -> the same. mask: what the attention takes beside x."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), *mask))
+            return x + self.dropout(self.ffn(self.ffn_norm(x)))
         x = self.attention_norm(x + self.dropout(self.attention(x, *mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
-
-
-class PreNormLayer(Layer):
-    """One pre-norm Transformer block."""
-
-    def forward(self, x, *mask):
-        """As Layer's."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), *mask))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class Wav2Vec2(nn.Module):
@@ -224,13 +214,12 @@ class Wav2Vec2(nn.Module):
         self.position = Position(shape.width, shape.position_kernel, shape.position_groups)
         self.norm = nn.LayerNorm(shape.width)
         self.dropout = nn.Dropout(dropout)
-        block = PreNormLayer if shape.layer_norms else Layer
         attention = RelativeAttention if shape.buckets else Attention
         self.relative = RelativePosition(shape) if shape.buckets else None
         self.layers = nn.ModuleList()
         for heads, units in zip(shape.heads, shape.units):
             attends = attention(shape.width, heads, shape.head_width, dropout)
-            self.layers.append(block(attends, shape.width, units, dropout))
+            self.layers.append(Layer(attends, shape.width, units, dropout, shape.layer_norms))
         self.layer_drop = 0.0
 
     def forward(self, waveforms, lengths=None):
@@ -417,7 +406,13 @@ class SpeechModel(nn.Module):
         """
         group, paths = [], list(paths)
         for number, path in enumerate(paths, 1):
-            group.append(self._read(path))
+            try:
+                samples = data.waveform(data.Utterance(str(path), path, 0.0))
+                if len(samples) < self.encoder.tensor_shape.receptive_field:
+                    raise UserError(f"{path}: {len(samples)} samples are too short to recognise anything in")
+                group.append(data.Utterance(str(path), samples, len(samples) / SAMPLE_RATE))
+            except UserError as error:
+                group.append(error)
             readable = [u for u in group if isinstance(u, data.Utterance)]
             if sum(u.seconds for u in readable) > GROUP_SECONDS or number == len(paths):
                 found = {}
@@ -426,16 +421,6 @@ class SpeechModel(nn.Module):
                         found |= zip(map(id, batch), self.transcribe(*data.pad([u.audio for u in batch])))
                 yield from (found.get(id(u), u) for u in group)
                 group = []
-
-    def _read(self, path):
-        """The Utterance in a file, with normalised samples, or the UserError that says what is wrong with it."""
-        try:
-            samples = data.waveform(data.Utterance(str(path), path, 0.0))
-        except UserError as error:
-            return error
-        if len(samples) < self.encoder.tensor_shape.receptive_field:
-            return UserError(f"{path}: {len(samples)} samples are too short to recognise anything in")
-        return data.Utterance(str(path), samples, len(samples) / SAMPLE_RATE)
 
 
 class Padded(nn.Module):
@@ -476,10 +461,8 @@ def check_precision(model):
     with precision(model.dtype, waveform.device):
         difference = ((model.encoder(waveform)[0] - exact).norm() / exact.norm()).item()
     if not difference < 0.1:
-        raise UserError(
-            f"on this machine features in {str(model.dtype)[6:]} differ from those in float32 by {difference:.0%} of"
-            " their norm, so results would mean nothing; give --dtype float32"
-        )
+        what = f"{str(model.dtype)[6:]} differ from those in float32 by {difference:.0%} of their norm"
+        raise UserError(f"on this machine features in {what}, so results would mean nothing; give --dtype float32")
 
 
 # --- Other people's checkpoints ------------------------------------------------------------------------------------
@@ -525,20 +508,18 @@ class Checkpoint:
             taken, normal = set(labels), list(inside)  # of a word, where an apostrophe stays
             labels = [new if len(new) == 1 and new not in taken else old for old, new in zip(labels, normal)]
 
-        def make():
-            model = SpeechModel(Wav2Vec2(self.shape, self.dense), self.task, labels, raw_text)
-            model.encoder.add_gates(gated)
-            return model
+        parts = self.task, labels, raw_text
+        return self._filled(lambda: SpeechModel(Wav2Vec2(self.shape, self.dense), *parts), self.weights, gated)
 
-        return self._filled(make, self.weights)
-
-    def _filled(self, make, weights):
-        """The module that make() makes, with these weights."""
+    def _filled(self, make, weights, gated=()):
+        """The module that make() makes, units of these kinds gated, with these weights."""
         if len(self.shape.channels) + len(self.shape.heads) > len(weights):  # each has several; a million takes hours
             raise UserError(f"{self.path}: lacks the tensors of the layers that its shape promises")
         try:
             with torch.device("meta"):  # no memory, no time, as every tensor is assigned below
                 model = make()
+                if gated:
+                    model.encoder.add_gates(gated)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self.path}: no model has the shape {self.shape} ({error})") from error
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -552,7 +533,7 @@ class Checkpoint:
             "has a wrong size for": [f"{key} {sizes[key]} instead of {expected[key]}" for key in wrong],
             "has no place for": [key for key in sizes if key not in expected],
             "has values that are not finite in": [key for key in weights if not weights[key].isfinite().all()],
-            "has impossible values in": [key for key, row in places.items() if any(map(operator.ge, row, row[1:]))],
+            "has impossible values in": [key for key, row in places.items() if sorted({*row}) != row],
         }
         for what, keys in problems.items():
             if keys:
