@@ -234,11 +234,12 @@ def verdict(panels):
     for claim, method, other, budgets, wanted in CLAIMS:
         said = []
         for p in panels:
-            against = {budget: p.dense if other == "dense" else p.points[other, budget] for budget in budgets}
-            words = {budget: p.judged(p.points[method, budget], theirs) for budget, theirs in against.items()}
+            theirs = {budget: p.dense if other == "dense" else p.points[other, budget] for budget in budgets}
+            pairs = {budget: (p.points[method, budget], theirs[budget]) for budget in budgets}
+            words = {budget: p.judged(*pair) for budget, pair in pairs.items()}
             where = " and ".join(f"{budget:g}" for budget, word in words.items() if word in wanted)
             allowed = p.margin if wanted is SHOWS_NO_WORSE else 0
-            lowest = min(p.difference(p.points[method, budget], theirs)[1] for budget, theirs in against.items())
+            lowest = min(p.difference(*pair)[1] for pair in pairs.values())
             shown = f"shown at {where}" if where else "refuted" if lowest > allowed else "not shown"
             said.append(f"{p}: {shown} ({', '.join(f'{budget:g} {word}' for budget, word in words.items())})")
         lines.append(f"{claim}. {'. '.join(said)}.")
