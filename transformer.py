@@ -906,7 +906,7 @@ SAID = {
     "strides": "conv_stride",
     "convolutions": "conv_feature_layers extractor_conv_layer_config",  # (channels, kernel, stride) of each
     "width": "encoder_embed_dim",
-    "heads of the dense": "num_attention_heads encoder_attention_heads",
+    "dense_heads": "num_attention_heads encoder_attention_heads",
     "heads": "encoder_num_heads",
     "head_width": "encoder_head_dim",
     "places": "encoder_remaining_heads",
@@ -955,7 +955,7 @@ def what_it_says(contents, path):
         if name is None:
             continue
         if name == "heads" and type(value) is int:  # as torchaudio says it of a model that is not pruned
-            name = "heads of the dense"
+            name = "dense_heads"
         values = {name: NORMS[value] if name == "layer_norms" else value}
         for name, value in (convolutions(key, value, path) if name == "convolutions" else values).items():
             before, where = said.setdefault(name, (value, f"{place}{key}"))
@@ -985,7 +985,7 @@ def infer_shape(weights, said, path):
     except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path}: its tensors do not make a model of the wav2vec2 family ({error})") from error
     assumed = {
-        f"heads of {shape.head_width}": not {"heads of the dense", "head_width"} & said.keys() and not shape.buckets,
+        f"heads of {shape.head_width}": not {"dense_heads", "head_width"} & said.keys() and not shape.buckets,
         "wav2vec2-base's strides": "strides" not in said,
         "pre-norm order" if shape.layer_norms else "post-norm order": "pre_norm" not in said,
         f"a maximum of {shape.max_distance} for relative positions": shape.buckets and "max_distance" not in said,
@@ -1010,7 +1010,7 @@ def shape_of(weights, said):
 
     width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
     layer_norms, table = "frontend.norms.1.weight" in weights, weights.get("relative.table.weight")
-    heads = said.get("heads of the dense", 16 if layer_norms else width // BASE.head_width)  # as in all public models
+    heads = said.get("dense_heads", 16 if layer_norms else width // BASE.head_width)  # as in all public models
     heads = heads if table is None else table.shape[1]
     if heads == 0 and "head_width" not in said:
         raise ValueError("it does not say how many heads it has; put its config.json beside it")
@@ -1037,7 +1037,7 @@ def check_against(shape, said):
     has = shape.as_dict() | {"layers": len(shape.heads), "pre_norm": shape.layer_norms}  # families have both or neither
     has |= {f"has_{part}": [count > 0 for count in has[part]] for part in ("heads", "units")}
     if shape.buckets:
-        has["heads of the dense"] = shape.width // shape.head_width
+        has["dense_heads"] = shape.width // shape.head_width
     for name in said.keys() & has.keys() - ({"max_distance"} if shape.buckets else {"max_distance", "buckets"}):
         told, where = said[name]
         if name in ("heads", "units"):  # one number for all layers or one for each; a removed part's has no meaning
