@@ -16,6 +16,7 @@ import math
 import os
 import re
 import stat
+import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,16 @@ class Utterance:
     speed: float = 1.0  # the audio is played so many times as fast; `seconds` is what it then takes
 
 
+def counted(items, message, *arguments):
+    """The items; every ten seconds a line says how many of them are done."""
+    said = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            log.info(message, number, *arguments)
+        yield item
+
+
 @dataclass
 class Corpus:
     """What `open_corpus` returns: the utterances of each split, and what was wrong with others."""
@@ -59,7 +70,7 @@ class Corpus:
     size: int = 0  # utterances, the skipped ones among them
     announced: set = field(default_factory=set)  # the changes of audio that have been logged, each once
     skip_bad: bool = False
-    skipped: dict = field(default_factory=dict)  # {reason, which names its file: whether this process found it}
+    skipped: dict = field(default_factory=dict)  # {reason, which names its file: whether it was found since resuming}
 
     @property
     def fingerprint(self):
@@ -177,7 +188,7 @@ EDGES = re.compile(rf"^[{INNER}]+|(?<![\u094d\u09cd\u0d4d{INNER}])[{INNER}]+$") 
 COLON = re.compile("(?<![A-Za-z\u00c0-\u024f]):|:(?![A-Za-z\u00c0-\u024f])")  # others are inside, as in EU:n and S:t
 GERSHAYIM = re.compile('(?<=[\u05d0-\u05ea])"(?=[\u05d0-\u05ea])')  # as it is typed
 # Quotation marks that may be apostrophes, too: several at once, the last behind punctuation, or the two not alike.
-QUOTED = re.compile(r"(?<!\w)(?:'(\w.*?[^\w\s])'|[\u2018\u201a](\w.*?)[\u2018\u2019])(?!\w)|''+|``+")
+QUOTED = re.compile(r"(?<!\w)(?:'(\w.{0,999}?[^\w\s])'|[\u2018\u201a](\w.{0,999}?)[\u2018\u2019])(?!\w)|''+|``+")
 ARMENIAN = "\u055b\u055c\u055e"  # stress, exclamation and question, over a vowel
 SYMBOLS = "\u06fd\u06fe\u104c\u104d\u104e\u104f"  # that are words, of Sindhi and Burmese
 BRACKETS = ("[]", "{}", "\u27e8\u27e9", "\u3010\u3011", "\u3014\u3015")
@@ -332,7 +343,7 @@ def open_corpus(path, task, seed=0, subsets=None, splits=SPLITS, skip_bad=False,
             if not paths:
                 place = root / (name + {"table": ".tsv", "SLURP": ".jsonl"}.get(kind, ""))
                 raise UserError(f"{place}: there is no such {split} subset; name what there is with --{split}")
-            for where, row in read(root, paths, task):
+            for where, row in counted(read(root, paths, task), "looked at %d utterances of %s", name):
                 try:
                     getattr(corpus, split).append(checked(where, row, task, corpus.announced, raw_text, dropped))
                 except UserError as error:
@@ -738,7 +749,7 @@ WORDS = dict(pair.split(":") for pair in (
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # Intents named as SLURP names them, scenario_action; # is any digit.
-COMMANDS = {
+SENTENCES = {
     "alarm_set": ("set an alarm for #", "alarm for #", "wake me up at #"),
     "audio_volume_up": ("louder", "make it louder", "turn it up"),
     "datetime_query": ("what time is it", "what is the time", "time now"),
@@ -793,8 +804,8 @@ def demo_corpus(task, seed, raw_text=False):
         for i in range(size):
             intent, words = "", rng.choice(ASR_WORDS, rng.integers(1, 5)) if task == "asr" else ()
             if task == "slu":
-                intent = list(COMMANDS)[i % len(COMMANDS)]
-                words = [rng.choice(DIGITS) if word == "#" else word for word in rng.choice(COMMANDS[intent]).split()]
+                intent = list(SENTENCES)[i % len(SENTENCES)]
+                words = [rng.choice(DIGITS) if word == "#" else word for word in rng.choice(SENTENCES[intent]).split()]
             samples, text = synthesise(words, rng), transcript(" ".join(words), raw_text)
             name, seconds = f"demo-{split}-{i:04}", len(samples) / SAMPLE_RATE
             getattr(corpus, split).append(Utterance(name, samples, seconds, text, intent))

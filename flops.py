@@ -29,8 +29,8 @@ class UserError(ValueError):
 class Shape:
     """Everything that a model's size depends on. Counts are integers, or 0-dimensional tensors when expected."""
 
-    channels: tuple  # that each convolution of the frontend puts out
-    kernels: tuple  # and its width
+    channels: tuple  # outputs of each convolution of the frontend
+    kernels: tuple  # width of each
     strides: tuple
     width: int  # features of the residual stream
     head_width: int  # features of one attention head
@@ -86,7 +86,8 @@ class Shape:
         truths = shape.layer_norms, shape.conv_bias
         if not all(type(truth) is bool for truth in truths) or truths == (False, True):
             raise ValueError("layer_norms and conv_bias do not fit together")
-        if shape.buckets and (shape.buckets % 4 or shape.max_distance <= shape.buckets // 4):
+        table_fits = shape.buckets % 4 == 0 and shape.max_distance > shape.buckets // 4
+        if shape.buckets and not (table_fits and shape.width % shape.head_width == 0):
             raise ValueError("its buckets of relative positions do not fit together")
         if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all(positive):
             raise ValueError("a number of its shape is not a whole number in range")

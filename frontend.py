@@ -13,7 +13,7 @@ channels of C, LayerNorm (weight gamma, bias beta) is
     y = (x - mean) rstd gamma + beta
 
 Slicing is exact: what reads a channel takes over the gate's value. The projection's LayerNorm gives a shut channel the
-value beta - mean rstd gamma, so slicing leaves C and one vector of it:
+value beta - mean rstd gamma, so slicing leaves C and the last vector of
 
     W LayerNorm(x) + b = W_kept y + (b + W_shut beta_shut) - (mean rstd) W_shut gamma_shut
 
@@ -160,10 +160,10 @@ class GroupNormFrontend(Frontend):
         frames: (batch,) int, the valid frames after the *first* convolution, or None where there is no padding. The
         frames that are valid after any later one depend on no others.
         """
-        first, *later = self.convolutions
-        x = gated(F.gelu(first(waveforms, frames)), self.gates, 0)
-        for layer, convolution in enumerate(later, 1):
-            x = gated(F.gelu(convolution(x)), self.gates, layer)
+        x = waveforms
+        for layer, convolution in enumerate(self.convolutions):
+            x = F.gelu(convolution(x) if layer else convolution(x, frames))
+            x = x if self.gates is None else x * self.gates[layer]()[:, None].type_as(x)
         return x.transpose(1, 2).contiguous()
 
     @contextlib.contextmanager
@@ -175,11 +175,6 @@ class GroupNormFrontend(Frontend):
             yield
         finally:
             first.moments = None
-
-
-def gated(x, gates, layer):
-    """x (batch, channels, frames) times the gates of a layer, if there are gates."""
-    return x if gates is None else x * gates[layer]()[:, None].type_as(x)
 
 
 class ChannelNorm(nn.Module):

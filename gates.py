@@ -187,7 +187,7 @@ def harden(gates, shape, method, budget, ragged=False):
         for place in finest_first if unused({}) > TOLERANCE else ():
             while kept[place] < len(governed[place].log_alpha) and unused({place: kept[place] + 1}) >= 0:
                 kept[place] += 1
-        finest = finest_first[0][0]  # all of it is kept by now, or one more unit would fit
+        finest = finest_first[0][0]  # none of it fits any more; a head in the place of some units may leave less
         for place, size in ranked if unused({}) > TOLERANCE else ():
             trade = one_more(place, size)
             for fine, step in reversed(ranked):
@@ -209,5 +209,6 @@ def groups(gates, ragged):
         scores = gate.log_alpha.sort(descending=True).values
         align = 1 if ragged else ALIGN[place[0]]
         size = align if len(scores) % align == 0 else max(1, align // 2)
-        ranked += [(group[len(group) // 2].item(), place, size) for group in scores.split(size)]
+        beyond = scores.split(size)[FEWEST[place[0]] // size :]  # a unit that stays in any case is no group
+        ranked += [(group[len(group) // 2].item(), place, size) for group in beyond]
     return [(place, size) for _, place, size in sorted(ranked, key=lambda group: -group[0])]

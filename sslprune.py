@@ -42,7 +42,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # now, since its functions keep the group that is there when it is imported
+import torch.distributed.nn.functional  # torch would import it later, and its functions keep the group of that moment
 from torch import nn
 
 import data
@@ -487,6 +487,7 @@ def duration(seconds):
 # --- A run, and how it goes on after a death -----------------------------------------------------------------------
 
 STATE = "training.state"  # the training checkpoint in the folder of a run
+MEMORY = {"batch_seconds", "accumulate", "dtype"}  # may change as a run goes on: memory ended it, or bfloat16 is wrong
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -582,6 +583,8 @@ class Run:
         self.saved = time.monotonic()
         share_skipped(self.corpus)
         random = gather((torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None))
+        if rank():
+            return
         contents = {"settings": settings(self.options), "run": {name: getattr(self, name) for name in PLAIN}}
         if self.phase != "done":
             contents |= {
@@ -644,13 +647,15 @@ def read_state(out, options):
         dense = "with the dense.pt of this one as --checkpoint if it is there"
         raise UserError(f"{path}: is damaged; start anew in another --out, {dense}")
     state = torch.load(io.BytesIO(contents[32:]), map_location="cpu", weights_only=True)
+    if list(state["run"]) != PLAIN:
+        raise UserError(f"{path}: another version of sslprune wrote it; go on with that one, or give another --out")
     return state | {"digest": bytes(contents[:32])}
 
 
 def settings(options):
     """What a run's result depends on: its flags, filled in by the recipe, and the number of processes.
 
-    Of the corpus its fingerprint is compared instead of its path, of the checkpoint, which is read once, the name.
+    A corpus may move, so its fingerprint is compared elsewhere; a checkpoint is read once, so its name will do.
     """
     no_effect = {*COMMANDS, "resume", "out", "data", "device", "workers", "save_seconds", "skip_bad"}
     flags = {name: value for name, value in vars(options).items() if name not in no_effect}
@@ -659,13 +664,15 @@ def settings(options):
 
 
 def check_settings(options, state, out):
-    """Refuse to go on with a run with other flags than its own."""
+    """Refuse to go on with a run with other flags than its own, but for those of MEMORY."""
     for name, now in settings(options).items():
         if now != (then := state["settings"].get(name)):
             what = "torchrun's --nproc-per-node" if name == "processes" else flag(name)
             then, now = ("not given" if v is None or v is False else "given" if v is True else v for v in (then, now))
-            wrong = f"{what} was {then} when the run started, and is {now} now"
-            raise UserError(f"{out}: {wrong}; give the flags that it was started with, or another --out")
+            wrong = f"{out}: {what} was {then} when the run started, and is {now} now"
+            if name not in MEMORY:
+                raise UserError(f"{wrong}; give the flags that it was started with, or another --out")
+            log.warning("%s; the run goes on, and ends as neither would have", wrong)
 
 
 def contents_of(model):
@@ -683,7 +690,8 @@ def contents_of(model):
 
 def save_model(model, path):
     """Write a model.pt. Replaces the file in one step."""
-    write(path, torch_bytes(contents_of(model)))
+    if not rank():
+        write(path, torch_bytes(contents_of(model)))
 
 
 def torch_bytes(contents):
@@ -931,7 +939,7 @@ def share_skipped(corpus):
 
 def train_and_prune(options):
     """All of a run, from the options to the report."""
-    device = usable_device(options.device)
+    device = find_device(options.device)
     with processes(device):
         run = prepare(options, device)
         if run is None:
@@ -949,11 +957,12 @@ def train_and_prune(options):
 def prepare(options, device):
     """The Run, at its beginning or where --resume finds it; None where it has ended.
 
-    Everything that can be wrong comes to light here, before anything is trained or written.
+    What can be wrong with flags, checkpoint and corpus comes to light here, before anything is trained or written.
     """
     name = (data.corpus_folder(options.data) or Path("demo")).resolve().name
     out = Path(options.out or f"runs/{options.task}-{name}-{options.method}-{options.budget:g}-{options.seed}")
     state, checkpoint = read_state(out, options), None
+    gather(None)  # before the first process writes there
     if state:
         start, trained = Shape.from_dict(state["run"]["start_shape"]), not state["settings"]["dense_updates"]
     else:
@@ -1004,7 +1013,7 @@ def fill_recipe(options, shape, trained):
     """Set what the command line left open, for a model of this shape. trained: whether its head is, for the task.
 
     A small checkpoint has no dense phase, even where its head is new: at equal updates, one made recognition worse and
-    understanding no better (README). Nobody has measured this for base.
+    understanding no better (tests/experiment/README.md). Nobody has measured this for base.
     """
     small = shape.width < BASE.width
     recipe = RECIPES["small" if small else "base"] | (SMALL_SLU if small and options.task == "slu" else {})
@@ -1035,7 +1044,7 @@ def open_corpus(options, task, splits, raw_text):
     return data.open_corpus(options.data, task, options.seed, subsets, splits, options.skip_bad, raw_text)
 
 
-def usable_device(name):
+def find_device(name):
     """The torch.device of this name; of None, a GPU where there is one."""
     try:
         if name in (None, "cuda"):
@@ -1083,7 +1092,7 @@ def evaluate_model(options):
 
 def load_to_use(path, options):
     """A model.pt on the device and in the precision that the options name."""
-    model = read_checkpoint(path).model(raw_text=options.raw_text or None).to(usable_device(options.device))
+    model = read_checkpoint(path).model(raw_text=options.raw_text or None).to(find_device(options.device))
     model.dtype = DTYPES[options.dtype]
     check_precision(model)
     return model
@@ -1118,7 +1127,7 @@ COMMANDS = {
 }
 
 
-def number(kind, smallest, largest):
+def bounded(kind, smallest, largest):
     """A type of argparse's: numbers of a kind (int or float) within bounds."""
 
     def convert(text):
@@ -1137,13 +1146,13 @@ def flag(name):
 
 def make_parser():
     """The parser of the command line."""
-    count, seconds = number(int, 0, 10**9), number(float, 0.1, 1e5)
+    count, seconds = bounded(int, 0, 10**9), bounded(float, 0.1, 1e5)
     form, path = argparse.RawDescriptionHelpFormatter, os.path.expanduser  # the shell leaves --out=~/x as it is
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.error = lambda message: sys.exit(refuse(message))
     add = parser.add_argument_group("what to do").add_argument
     add("--task", choices=sorted(METRICS), help="asr: transcripts with CTC; slu: intents")
-    add("--budget", type=number(float, 1e-9, 1), help="fraction of the cost to keep; 1.0 prunes nothing")
+    add("--budget", type=bounded(float, 1e-9, 1), help="fraction of the cost to keep; 1.0 prunes nothing")
     add("--predict", nargs="+", type=path, metavar=("MODEL", "FILE"), help="print what a model makes of recordings")
     add("--evaluate", type=path, metavar="MODEL", help="print a model's metrics on the dev and test splits of --data")
     add("--describe", type=path, metavar="CHECKPOINT", help="print the costs of a model, and what each layer kept")
@@ -1161,25 +1170,25 @@ def make_parser():
     add("--out", type=path, help="folder of the run (default runs/TASK-DATA-METHOD-BUDGET-SEED)")
     add("--resume", action="store_true", help="go on with the run in --out; all other flags as before")
     saving = "seconds between two states that --resume can go on from (default %(default)g)"
-    add("--save-seconds", type=number(float, 0, 1e9), default=600.0, metavar="N", help=saving)
-    watching = "updates between measurements of the error on dev (default: a twentieth of the phase; 0: only at ends)"
+    add("--save-seconds", type=bounded(float, 0, 1e9), default=600.0, metavar="N", help=saving)
+    watching = "updates between measurements on dev (default: a twentieth of the phase; 0: none while training)"
     add("--evaluate-updates", type=count, metavar="N", help=watching)
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help="of weights, batches, masks and gates")
+    add("--seed", type=bounded(int, 0, 2**31 - 1), default=0, help="of weights, batches, masks and gates")
     add("--device", help="as torch names it (default: cuda where there is one, else cpu)")
     add("--dtype", choices=DTYPES, default="float32", help="to compute in; the weights are float32")
     add("--skip-bad", action="store_true", help="go on where over 1 %% of the utterances are unusable")
     add("--max-seconds", type=seconds, default=30.0, metavar="N", help="train on no longer ones (default %(default)g)")
     add("--workers", type=count, metavar="N", help="batches that threads read ahead (default: 4 with a GPU, else 1)")
     add = parser.add_argument_group("recipe (where each number is from: RECIPES in sslprune.py)").add_argument
-    types = {"updates": count, "lr": number(float, 1e-12, 1), "seconds": seconds, "perturbation": number(float, 0, 0.5)}
-    types["accumulate"] = number(int, 1, 10**6)
+    types = {"updates": count, "lr": bounded(float, 1e-12, 1), "seconds": seconds, "accumulate": bounded(int, 1, 10**6)}
+    types["perturbation"] = bounded(float, 0, 0.5)
     notes = {"accumulate": "batches per update and process; ", "batch_seconds": "of audio in a batch; "}
     notes |= {"gate_lr": "of gates and multipliers; ", "warmup_share": "part of pruning in which the target falls; "}
     notes["dense_updates"] = "default 0 with a checkpoint that is small or trained for the task, else: "
     for name, small in RECIPES["small"].items():
         text = f"default {RECIPES['base'][name]:g}, of a small model {small:g}"
         text = notes.get(name, "") + text + (f" (slu {SMALL_SLU[name]:g})" if name in SMALL_SLU else "")
-        add(flag(name), type=types.get(name.rpartition("_")[2], number(float, 0, 1)), metavar="N", help=text)
+        add(flag(name), type=types.get(name.rpartition("_")[2], bounded(float, 0, 1)), metavar="N", help=text)
     return parser
 
 

@@ -17,7 +17,6 @@ import os
 import pickle
 import pickletools
 import re
-import time
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -118,8 +117,8 @@ class RelativePosition(nn.Module):
 
     def forward(self, frames):
         """frames: int -> (heads of the dense model, frames, frames), for each query and each key."""
-        place = torch.arange(frames, device=self.table.weight.device)
-        offset = place - place[:, None]
+        frame = torch.arange(frames, device=self.table.weight.device)
+        offset = frame - frame[:, None]
         distance, half = offset.abs(), self.table.num_embeddings // 2  # half of the buckets are for keys to come
         near = half // 2  # distances with a bucket each; the others share buckets of growing width
         far = torch.log(distance.clamp(min=near) / near) / math.log(self.max_distance / near) * (half - near)
@@ -370,20 +369,18 @@ class SpeechModel(nn.Module):
 
     def _transcribe_long(self, waveform):
         """The transcript or intent of (1, samples), from overlapping pieces."""
-        shape, started, found = self.encoder.tensor_shape, time.monotonic(), []
+        shape, found = self.encoder.tensor_shape, []
         hop, total = math.prod(shape.strides), shape.frames(waveform.shape[1])[-1]
         length, overlap = (seconds * SAMPLE_RATE // hop for seconds in (PIECE_SECONDS, OVERLAP_SECONDS))
         with self.encoder.frontend.pieces(waveform, PIECE_SECONDS * SAMPLE_RATE):
-            for first in range(0, max(1, total - overlap), length - overlap):
+            starts = range(0, max(1, total - overlap), length - overlap)
+            for first in data.counted(starts, "recognised %d of %d pieces", len(starts)):
                 last = min(first + length, total)
                 scores = self(waveform[:, first * hop : (last - 1) * hop + shape.receptive_field])[0][0]
                 if self.task == "slu":
                     found.append(scores * (last - first))
                 else:  # half of each overlap
                     found.append(scores[overlap // 2 * (first > 0) : len(scores) - overlap // 2 * (last < total)])
-                if time.monotonic() - started > 10:
-                    started = time.monotonic()
-                    log.info("recognised %d of %d s", last * hop // SAMPLE_RATE, total * hop // SAMPLE_RATE)
         if self.task == "slu":
             return self.labels[sum(found).argmax().item()]
         return data.decode(torch.cat(found).argmax(-1).cpu(), self.labels)
@@ -623,7 +620,7 @@ def read_safetensors(path):
         for name, entry in header.items():
             dtype, sizes, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             if dtype not in dtypes:
-                sizes = [end - begin]  # bytes, for `numbers` to refuse if the encoder needs it
+                sizes = [end - begin]  # bytes, for `floats` to refuse if the encoder needs it
             dtype = dtypes.get(dtype, torch.uint8)
             count = torch.empty(sizes, device="meta").numel()
             if not 0 <= begin <= end <= len(raw) - start or end - begin != count * dtype.itemsize:
@@ -692,7 +689,7 @@ def read_pickle(path):
     return contents
 
 
-def numbers(key, tensor, path):
+def floats(key, tensor, path):
     """A tensor of a file as float32; no other than dense floating-point numbers that are really there will do."""
     is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not is_dense or tensor.is_complex() or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
@@ -721,7 +718,7 @@ def read_ours(contents, path):
                 raise ValueError(f"its {name} are not some of the dense model's")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: is not a complete model.pt ({error})") from error
-    weights = {str(key): numbers(str(key), tensor, path) for key, tensor in weights.items()}
+    weights = {str(key): floats(str(key), tensor, path) for key, tensor in weights.items()}
     if "task" not in contents:  # an encoder alone
         return Checkpoint(path, shape, dense, weights)
     task, labels = contents["task"], contents.get("labels")
@@ -797,19 +794,20 @@ def completed(weights, shape, said, path):
     zeros = ["projection.mask_embedding", "projection.shut", *(f"{part}.output.bias" for part in removed)]
     defaults = {key: torch.zeros(shape.width) for key in zeros} | {"projection.scale": torch.ones(shape.channels[-1])}
     for layer, heads in enumerate(shape.heads) if shape.buckets else ():
-        attention, places = f"layers.{layer}.attention.", list(range(heads))
-        if heads and "places" in said:  # of DPHuBERT
-            (kept, where), total = said["places"], range(shape.width // shape.head_width)
-            places = kept[layer] if isinstance(kept, list) and len(kept) == len(shape.heads) else None
-            if not isinstance(places, list) or len(places) != heads or not all(p in total for p in places):
-                raise UserError(f"{path}: {where} is {shown([kept])}, which are no places of the heads that it has")
-        places = torch.tensor(places, dtype=torch.int64)
+        attention, total = f"layers.{layer}.attention.", range(shape.width // shape.head_width)
+        all_places = [list(total)] * len(shape.heads)
+        kept, where = said.get("places", (all_places, "encoder_remaining_heads, which it lacks,"))  # DPHuBERT's
+        places = kept[layer] if isinstance(kept, list) and len(kept) == len(shape.heads) else None
+        if heads and (not isinstance(places, list) or len(places) != heads or not all(p in total for p in places)):
+            raise UserError(f"{path}: {where} does not name the places of the {heads} heads of layer {layer}")
+        places = torch.tensor(places if heads else [], dtype=torch.int64)
         if not heads:
             empty = {"linear.weight": torch.zeros(8, shape.head_width), "linear.bias": torch.zeros(8)}
             empty["scale"] = torch.ones(0)
             defaults |= {f"{attention}position_{name}": tensor for name, tensor in empty.items()}
         elif (scale := weights.get(f"{attention}position_scale")) is not None:
-            weights[f"{attention}position_scale"] = scale.flatten()[places]  # DPHuBERT keeps those of all heads
+            of_all = scale.numel() == len(total)  # as DPHuBERT keeps it
+            weights[f"{attention}position_scale"] = scale.flatten()[places] if of_all else scale.flatten()
         weights[f"{attention}places"] = places
     return defaults | weights
 
@@ -866,7 +864,7 @@ def plain(value, levels=3):
 def unpruned(tensors, path):
     """The tensors with X_orig and X_mask, which torch.nn.utils.prune makes of X, multiplied into X."""
     for key in [key[:-5] for key in tensors if key.endswith("_mask") and f"{key[:-5]}_orig" in tensors]:
-        tensor, mask = (numbers(key + part, tensors.pop(key + part), path) for part in ("_orig", "_mask"))
+        tensor, mask = (floats(key + part, tensors.pop(key + part), path) for part in ("_orig", "_mask"))
         if tensor.shape != mask.shape:
             raise UserError(f"{path}: {shown([key])}_orig and {shown([key])}_mask are not of one size")
         tensors[key] = tensor * mask
@@ -880,10 +878,11 @@ def translate(tensors, prefix, path):
         inner = key.removeprefix(prefix) if key.startswith(prefix) else ""
         ours = next((match.expand(ours) for pattern, ours in KEYS if (match := pattern.fullmatch(inner))), None)
         if ours and ".in_proj." in ours:
-            for name, part in zip(("query", "key", "value"), numbers(key, tensor, path).chunk(3)):
+            parts = torch.atleast_1d(floats(key, tensor, path)).tensor_split(3)
+            for name, part in zip(("query", "key", "value"), parts):
                 weights[ours.replace("in_proj", name)] = part
         elif ours:
-            weights[ours] = numbers(key, tensor, path)
+            weights[ours] = floats(key, tensor, path)
         elif INSIDE.match(inner):
             if inner.endswith("_orig"):
                 raise UserError(f"{path}: {shown([key])} is a weight of torch.nn.utils.prune without its mask")
@@ -907,7 +906,7 @@ SAID = {
     "strides": "conv_stride",
     "convolutions": "conv_feature_layers extractor_conv_layer_config",  # (channels, kernel, stride) of each
     "width": "encoder_embed_dim",
-    "heads of the dense": "num_attention_heads encoder_attention_heads",
+    "dense_heads": "num_attention_heads encoder_attention_heads",
     "heads": "encoder_num_heads",
     "head_width": "encoder_head_dim",
     "places": "encoder_remaining_heads",
@@ -956,7 +955,7 @@ def what_it_says(contents, path):
         if name is None:
             continue
         if name == "heads" and type(value) is int:  # as torchaudio says it of a model that is not pruned
-            name = "heads of the dense"
+            name = "dense_heads"
         values = {name: NORMS[value] if name == "layer_norms" else value}
         for name, value in (convolutions(key, value, path) if name == "convolutions" else values).items():
             before, where = said.setdefault(name, (value, f"{place}{key}"))
@@ -986,7 +985,7 @@ def infer_shape(weights, said, path):
     except (IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{path}: its tensors do not make a model of the wav2vec2 family ({error})") from error
     assumed = {
-        f"heads of {shape.head_width}": not {"heads of the dense", "head_width"} & said.keys() and not shape.buckets,
+        f"heads of {shape.head_width}": not {"dense_heads", "head_width"} & said.keys() and not shape.buckets,
         "wav2vec2-base's strides": "strides" not in said,
         "pre-norm order" if shape.layer_norms else "post-norm order": "pre_norm" not in said,
         f"a maximum of {shape.max_distance} for relative positions": shape.buckets and "max_distance" not in said,
@@ -1011,7 +1010,7 @@ def shape_of(weights, said):
 
     width, position = weights["norm.weight"].shape[0], weights["position.weight_v"].shape
     layer_norms, table = "frontend.norms.1.weight" in weights, weights.get("relative.table.weight")
-    heads = said.get("heads of the dense", 16 if layer_norms else width // BASE.head_width)  # as in all public models
+    heads = said.get("dense_heads", 16 if layer_norms else width // BASE.head_width)  # as in all public models
     heads = heads if table is None else table.shape[1]
     if heads == 0 and "head_width" not in said:
         raise ValueError("it does not say how many heads it has; put its config.json beside it")
@@ -1035,10 +1034,10 @@ def shape_of(weights, said):
 
 def check_against(shape, said):
     """Raise ValueError where a file says something else of its model than its tensors do."""
-    has = shape.as_dict() | {"layers": len(shape.heads), "pre_norm": shape.layer_norms}  # no family has but one of both
+    has = shape.as_dict() | {"layers": len(shape.heads), "pre_norm": shape.layer_norms}  # families have both or neither
     has |= {f"has_{part}": [count > 0 for count in has[part]] for part in ("heads", "units")}
     if shape.buckets:
-        has["heads of the dense"] = shape.width // shape.head_width
+        has["dense_heads"] = shape.width // shape.head_width
     for name in said.keys() & has.keys() - ({"max_distance"} if shape.buckets else {"max_distance", "buckets"}):
         told, where = said[name]
         if name in ("heads", "units"):  # one number for all layers or one for each; a removed part's has no meaning
@@ -1058,7 +1057,7 @@ def ctc_head(tensors, said, path):
     file = path.with_name("vocab.json")
     if set(head) != {"head.weight", "head.bias"} or not file.is_file():
         return None, {}
-    head = {key: numbers(f"lm_{key}", tensor, path) for key, tensor in head.items()}
+    head = {key: floats(f"lm_{key}", tensor, path) for key, tensor in head.items()}
     size = head["head.bias"].numel()
     if any(tensor.shape[:1] != (size,) for tensor in head.values()):
         raise UserError(f"{path}: lm_head.weight and lm_head.bias are not of one size")

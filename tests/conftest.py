@@ -92,7 +92,7 @@ def small(monkeypatch):
     make = data.demo_corpus
 
     def made(*arguments):
-        depends_on = *data.DEMO_SIZES.items(), *data.COMMANDS.items()  # which tests change
+        depends_on = *data.DEMO_SIZES.items(), *data.SENTENCES.items()  # which tests change
         return copy.deepcopy(_demo(make, arguments, depends_on))
 
     monkeypatch.setattr(os, "fsync", lambda file: None)

@@ -313,6 +313,7 @@ def change(golden, layout="hf_base", **changed):
         ),
         ({"feature_extractor.conv_layers.1.conv.bias": torch.ones(8)}, ["layer_norms and conv_bias"]),
         ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8)}, ["wav2vec2 family"]),
+        ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8, 3)}, ["relative positions"]),
         ({"encoder.layers.0.attention.rel_attn_embed.weight": torch.ones(8, 2)}, ["lacks", "attention.position_scale"]),
         ({"encoder.layers.0.adapter_layer.norm.weight": torch.ones(8)}, ["adapter_layer", "no other architecture"]),
     ],

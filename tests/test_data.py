@@ -529,6 +529,15 @@ def test_rows_of_a_table_that_cannot_be_used_are_skipped_with_their_reason(tmp_p
             open_corpus(root, "asr")
 
 
+def test_reading_a_large_corpus_says_every_ten_seconds_how_far_it_is(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    root, seconds = make_librispeech(tmp_path, 9), iter(range(0, 10_000, 6))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(seconds))
+    open_corpus(root, "asr")
+    of_train = [record.message for record in caplog.records if "utterances of train-clean-100" in record.message]
+    assert of_train == [f"looked at {n} utterances of train-clean-100" for n in (1, 3, 5, 7)]
+
+
 def test_without_a_dev_split_every_tenth_speaker_is_lent_and_it_is_said(tmp_path, caplog):
     caplog.set_level("INFO")
     root = make_table(tmp_path, splits=("train", "test"), count=33)
@@ -1140,7 +1149,7 @@ def test_the_demo_trains_on_what_the_seed_gives_and_tests_on_the_same(monkeypatc
 
 
 def test_every_word_of_the_demo_can_be_spoken():
-    words = {word for commands in data.COMMANDS.values() for command in commands for word in command.split()} - {
+    words = {word for commands in data.SENTENCES.values() for command in commands for word in command.split()} - {
         "#"
     } | set(data.ASR_WORDS)
     assert words <= set(data.WORDS)

@@ -285,6 +285,31 @@ def test_places_that_a_file_of_dphubert_cannot_mean_are_refused(tmp_path, places
     refused(tmp_path / "x.pt", "encoder_remaining_heads")
 
 
+def test_a_wavlm_model_that_lost_heads_and_does_not_say_which_is_refused(tmp_path):
+    tensors = tensors_of("hf_ctc_wavlm")
+    for key in [key for key in tensors if "layers.1.attention" in key and "proj" in key]:
+        rows = tensors[key][:, :48] if key.endswith("out_proj.weight") else tensors[key][:48]
+        tensors[key] = tensors[key] if key.endswith("out_proj.bias") else rows
+    torch.save(tensors, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "encoder_remaining_heads", "3 heads of layer 1")
+
+
+@pytest.mark.parametrize(
+    ("layout", "part", "wrong", "word"),
+    [
+        ("hf_ctc_wavlm", "layers.1.attention.gru_rel_pos_const", torch.ones(1, 2, 1, 1), "position_scale (2,)"),
+        ("hf_ctc_wavlm", "layers.1.attention.gru_rel_pos_const", torch.ones(9), "position_scale (9,)"),
+        ("torchaudio_wavlm", "layers.1.attention.attention.in_proj_bias", torch.tensor(0.0), "attention.query.bias"),
+        ("torchaudio_wavlm", "layers.1.attention.attention.in_proj_bias", torch.ones(4), "attention.query.bias"),
+    ],
+)
+def test_a_tensor_of_wavlm_s_of_the_wrong_size_is_named(tmp_path, layout, part, wrong, word):
+    tensors = tensors_of(layout)
+    (key,) = [key for key in tensors if key.endswith(part)]
+    torch.save(tensors | {key: wrong}, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", word)
+
+
 # --- What works for base works for them ---
 
 

@@ -155,6 +155,19 @@ def test_hardening_has_one_threshold_over_all_layers():
     assert model.shape.units == (16, 0, 16)
 
 
+@pytest.mark.parametrize("good", [1, 2, 5])
+def test_single_channels_are_kept_as_many_as_are_good(good):
+    """The one that stays in any case is the first of them, and not one more."""
+    model = tiny(KINDS["mac"])
+    with torch.no_grad():
+        for (kind, layer), gate in model.gates.items():
+            gate.log_alpha.fill_(-50 if (kind, layer) == ("channels", 3) else 5)
+        model.gates["channels", 3].log_alpha[:good] = 9
+    whole = cost(TINY, SAMPLES).macs
+    harden(model.gates, TINY, "mac", cost(TINY.with_counts({("channels", 3): good}), SAMPLES).macs / whole, ragged=True)
+    assert model.shape == TINY.with_counts({("channels", 3): good})
+
+
 @pytest.mark.parametrize("shape", [BASE, SMALL])
 @pytest.mark.parametrize("method", METHODS)
 def test_hardening_meets_every_budget_within_its_tolerance_and_keeps_whole_groups(method, shape):

@@ -346,7 +346,7 @@ def test_budget_one_prunes_nothing_and_trains_as_long(small, capsys, tmp_path):
 
 def test_training_learns_and_the_constraint_binds(small, capsys, monkeypatch, tmp_path):
     """Not how well: that it gets better by training, and that training brings the expected cost to the budget."""
-    monkeypatch.setattr(data, "COMMANDS", {"say_six": ("six",), "say_alarm": ("alarm",)})
+    monkeypatch.setattr(data, "SENTENCES", {"say_six": ("six",), "say_alarm": ("alarm",)})
     updates = [*"--dense-updates 40 --prune-updates 100 --finetune-updates 20 --ragged --evaluate-updates 60".split()]
     status, _, _ = run(
         capsys,
@@ -403,7 +403,7 @@ def test_a_pruned_model_is_pruned_again_by_a_budget_of_what_it_costs_now(small, 
     model = tiny(KINDS[method], shape=before)
     harden(model.gates, before, method, 0.6)
     encoder = model.slice()
-    sslprune.save_model(sslprune.SpeechModel(encoder, "slu", sorted(data.COMMANDS)), tmp_path / "model.pt")
+    sslprune.save_model(sslprune.SpeechModel(encoder, "slu", sorted(data.SENTENCES)), tmp_path / "model.pt")
     flags = ["--task", "slu", "--budget", "0.8", "--method", method, "--checkpoint", tmp_path / "model.pt"]
     updates = ["--prune-updates", "1", "--finetune-updates", "0"]
     status, printed, _ = run(capsys, *flags, *updates, "--out", tmp_path / "run")

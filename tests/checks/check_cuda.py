@@ -133,7 +133,7 @@ def main():
     name = parser.parse_args().device
     if name == "cuda" and not torch.cuda.is_available():
         sys.exit("check_cuda: torch sees no GPU here, so nothing was checked")
-    device, begin = sslprune.usable_device(name), time.monotonic()
+    device, begin = sslprune.find_device(name), time.monotonic()
     os.chdir(ROOT)
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     print(f"torch {torch.__version__} on {what}", flush=True)
