@@ -86,11 +86,11 @@ class Shape:
         truths = shape.layer_norms, shape.conv_bias
         if not all(type(truth) is bool for truth in truths) or truths == (False, True):
             raise ValueError("layer_norms and conv_bias do not fit together")
+        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all(positive):
+            raise ValueError("a number of its shape is not a whole number in range")
         table_fits = shape.buckets % 4 == 0 and shape.max_distance > shape.buckets // 4
         if shape.buckets and not (table_fits and shape.width % shape.head_width == 0):
             raise ValueError("its buckets of relative positions do not fit together")
-        if not all(type(number) is int and 0 <= number < 2**31 for number in numbers) or not all(positive):
-            raise ValueError("a number of its shape is not a whole number in range")
         equally_many = len(set(map(len, convolutions))) == len(set(map(len, layers))) == 1
         skips = any(kernel < stride for kernel, stride in zip(shape.kernels, shape.strides))
         if not shape.channels or not equally_many or skips or shape.width % shape.position_groups:

@@ -216,3 +216,13 @@ def test_wrong_use_of_the_command_ends_in_one_line(arguments):
 def test_shape_survives_a_checkpoint():
     shape = replace(BASE, heads=(0, 5, 12), units=(1, 2, 3))
     assert Shape.from_dict(shape.as_dict()) == shape
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"head_width": 0}, {"head_width": 60}, {"width": "768"}, {"buckets": 30}, {"max_distance": 80}]
+)
+def test_a_shape_of_no_possible_wavlm_is_refused(wrong):
+    fields = BASE.as_dict() | {"buckets": 320, "max_distance": 800}
+    assert Shape.from_dict(fields).buckets == 320
+    with pytest.raises((TypeError, ValueError)):
+        Shape.from_dict(fields | wrong)
